@@ -1,0 +1,1 @@
+"""What is computed: plain torch modules."""

@@ -1,0 +1,37 @@
+"""Read the reference numbers of ``tests/golden`` (where they come from: ``tests/golden/README.md``)."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One recorded case: what the JSON says and the tensors beside it."""
+
+    meta: dict[str, Any]
+    tensors: dict[str, torch.Tensor]
+
+    def under(self, prefix: str) -> dict[str, torch.Tensor]:
+        """The tensors whose names start with ``prefix.``, without the prefix."""
+        start = prefix + "."
+        return {k[len(start) :]: v for k, v in self.tensors.items() if k.startswith(start)}
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.tensors[name]
+
+
+def load_case(name: str) -> Case:
+    """Load ``tests/golden/<name>.json`` and, if there is one, its safetensors."""
+    path = GOLDEN / name
+    tensors = path.with_name(path.name + ".safetensors")
+    meta = json.loads(path.with_name(path.name + ".json").read_text())
+    return Case(meta, load_file(str(tensors)) if tensors.exists() else {})
