@@ -1,0 +1,46 @@
+"""One YAML describes a run: the published schema, typed, checked and completed."""
+
+from __future__ import annotations
+
+from rae_xla.config.load import load_config
+from rae_xla.config.mesh import MeshShape, check_mesh
+from rae_xla.config.run import RunConfig
+from rae_xla.config.sections import (
+    CheckpointConfig,
+    DataConfig,
+    EvalConfig,
+    GanConfig,
+    GuidanceConfig,
+    MeshConfig,
+    MiscConfig,
+    ModelSpec,
+    OptimizerConfig,
+    RuntimeConfig,
+    SamplerConfig,
+    SchedulerConfig,
+    TrackingConfig,
+    TrainingConfig,
+    TransportConfig,
+)
+
+__all__ = [
+    "CheckpointConfig",
+    "DataConfig",
+    "EvalConfig",
+    "GanConfig",
+    "GuidanceConfig",
+    "MeshConfig",
+    "MeshShape",
+    "MiscConfig",
+    "ModelSpec",
+    "OptimizerConfig",
+    "RunConfig",
+    "RuntimeConfig",
+    "SamplerConfig",
+    "SchedulerConfig",
+    "TrackingConfig",
+    "TrainingConfig",
+    "TransportConfig",
+    "check_mesh",
+    "load_config",
+]

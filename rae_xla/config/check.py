@@ -1,0 +1,240 @@
+"""What a configuration leaves to its models is filled in; what contradicts itself is refused."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from rae_xla.config.geometry import latent_size
+from rae_xla.config.model_params import (
+    DiTDHParams,
+    LightningDiTParams,
+    RAEParams,
+    autoencoder_params,
+    denoiser_params,
+)
+from rae_xla.config.run import RunConfig
+from rae_xla.config.typed import Origin
+from rae_xla.errors import UserError
+
+
+def fill_in(config: RunConfig, given: Mapping[str, Any], origin: Origin) -> RunConfig:
+    """Complete ``misc`` and ``data.image_size`` from the models, where ``given`` is silent."""
+    rae, denoiser = _models(config, origin)
+    misc, data = config.misc, config.data
+    latents = latent_size(rae) if rae else None
+    if misc.latent_size is None:
+        side = denoiser.input_size if denoiser else 0
+        own = (denoiser.in_channels, side, side) if denoiser else None
+        misc = replace(misc, latent_size=latents or own)
+    if misc.time_dist_shift_dim is None and misc.latent_size:
+        misc = replace(misc, time_dist_shift_dim=math.prod(misc.latent_size))
+    said = given.get("misc") or {}
+    if said.get("num_classes") is None and denoiser:
+        misc = replace(misc, num_classes=denoiser.num_classes)
+    if said.get("null_label") is None:
+        misc = replace(misc, null_label=misc.num_classes)
+    if (given.get("data") or {}).get("image_size") is None and rae and latents:
+        data = replace(data, image_size=rae.decoder_patch_size * latents[1])
+    return replace(config, misc=misc, data=data)
+
+
+def check(config: RunConfig, origin: Origin) -> None:
+    """Refuse settings that contradict each other, with the reason and what to write."""
+    rae, denoiser = _models(config, origin)
+    _check_numbers(config, origin)
+    if rae:
+        _check_latent(config, rae, denoiser, origin)
+    if denoiser:
+        _check_labels(config, denoiser, origin)
+        _check_guide(config, denoiser, origin)
+    _check_time(config, origin)
+
+
+def _models(
+    config: RunConfig, origin: Origin
+) -> tuple[RAEParams | None, DiTDHParams | LightningDiTParams | None]:
+    one, two = config.stage_1, config.stage_2
+    return (
+        autoencoder_params(one, "stage_1", origin) if one else None,
+        denoiser_params(two, "stage_2", origin) if two else None,
+    )
+
+
+def _refuse(key: str, origin: Origin, reason: str) -> None:
+    raise UserError(f"{key} (in {origin.of(key)}): {reason}")
+
+
+_POSITIVE = (
+    "training.epochs",
+    "training.steps",
+    "training.global_batch_size",
+    "training.batch_size",
+    "training.grad_accum_steps",
+    "training.log_every",
+    "training.checkpoint_interval",
+    "sampler.params.num_steps",
+    "misc.num_classes",
+    "misc.time_dist_shift_base",
+    "data.image_size",
+    "checkpoint.every_steps",
+    "checkpoint.keep_last",
+    "runtime.devices",
+    "eval.eval_interval",
+)
+
+
+def _check_numbers(config: RunConfig, origin: Origin) -> None:
+    flat = config.flat()
+    for key in _POSITIVE:
+        value = flat.get(key)
+        if value is not None and value <= 0:
+            _refuse(key, origin, f"expected a number above 0, got {value}")
+    training = config.training
+    if not 0 <= training.ema_decay < 1:
+        _refuse("training.ema_decay", origin, f"expected 0 <= decay < 1, got {training.ema_decay}")
+    batch, parts = training.global_batch_size, training.grad_accum_steps
+    if batch is not None and batch % parts:
+        _refuse(
+            "training.grad_accum_steps",
+            origin,
+            f"{parts} does not divide training.global_batch_size {batch}",
+        )
+    for axis in ("data", "fsdp"):
+        size = flat[f"mesh.{axis}"]
+        if size < 1 and size != -1:
+            _refuse(f"mesh.{axis}", origin, f"expected a number of devices or -1, got {size}")
+    if config.mesh.data == config.mesh.fsdp == -1:
+        _refuse("mesh.data", origin, "only one of mesh.data and mesh.fsdp may be -1")
+    if config.sampler.params.reverse:
+        _refuse("sampler.params.reverse", origin, "only false is possible: noise becomes data")
+
+
+def _check_latent(
+    config: RunConfig,
+    rae: RAEParams,
+    denoiser: DiTDHParams | LightningDiTParams | None,
+    origin: Origin,
+) -> None:
+    found = latent_size(rae)
+    said = config.misc.latent_size
+    because = (
+        f"the encoder makes {list(found)} (C, H, W) of stage_1.params.encoder_input_size"
+        f" {rae.encoder_input_size}"
+        if found
+        else f"misc.latent_size is {list(said or ())}"
+    )
+    latents = found or said
+    if latents is None:
+        return
+    channels, side, _ = latents
+    wanted: dict[str, tuple[object, object]] = {}
+    if said != latents and said is not None:
+        wanted["misc.latent_size"] = (list(said), list(latents))
+    if denoiser:
+        if denoiser.input_size != side:
+            wanted["stage_2.params.input_size"] = (denoiser.input_size, side)
+        if denoiser.in_channels != channels:
+            wanted["stage_2.params.in_channels"] = (denoiser.in_channels, channels)
+    if wanted:
+        dim = math.prod(latents)
+        wrong = ", ".join(f"{k} is {was}" for k, (was, _) in wanted.items())
+        right = ", ".join(f"{k}: {now}" for k, (_, now) in wanted.items())
+        if config.misc.time_dist_shift_dim != dim:
+            right += f", misc.time_dist_shift_dim: {dim}"
+        _refuse(next(iter(wanted)), origin, f"{wrong}, but {because}. Write {right}")
+    if denoiser and not rae.reshape_to_2d:
+        _refuse("stage_1.params.reshape_to_2d", origin, "stage 2 needs latents as C x H x W: true")
+    returned = rae.decoder_patch_size * side
+    if denoiser is None and found and config.data.image_size != returned:
+        _refuse(
+            "data.image_size",
+            origin,
+            f"{config.data.image_size}, but {because}, which the decoder (patch"
+            f" {rae.decoder_patch_size}) returns as {returned} px: reconstruction and image would"
+            " not match",
+        )
+
+
+def _check_labels(
+    config: RunConfig, denoiser: DiTDHParams | LightningDiTParams, origin: Origin
+) -> None:
+    sampled, null, trained = config.misc.num_classes, config.misc.null_label, denoiser.num_classes
+    if sampled > trained:
+        _refuse(
+            "misc.num_classes", origin, f"{sampled}, but stage_2.params.num_classes is {trained}"
+        )
+    if null != trained:
+        hint = f"write misc.num_classes: {trained}" if null == sampled else f"write {trained}"
+        _refuse(
+            "misc.num_classes" if null == sampled else "misc.null_label",
+            origin,
+            f"the null label would be {null}, but stage_2.params.num_classes is {trained}, and the"
+            f" null label comes right after the last class: {hint} (to sample fewer classes, set"
+            f" misc.null_label: {trained} too)",
+        )
+
+
+def _check_guide(
+    config: RunConfig, denoiser: DiTDHParams | LightningDiTParams, origin: Origin
+) -> None:
+    guidance = config.guidance
+    if not 0 <= guidance.t_min < guidance.t_max <= 1:
+        _refuse(
+            "guidance.t_min",
+            origin,
+            f"expected 0 <= t_min < t_max <= 1, got {guidance.t_min} and {guidance.t_max}",
+        )
+    if guidance.method == "cfg":
+        if guidance.scale > 1 and denoiser.class_dropout_prob <= 0:
+            _refuse(
+                "guidance.method",
+                origin,
+                "cfg needs a null label, which a model with class_dropout_prob 0 has not",
+            )
+        return
+    if guidance.guidance_model is None:
+        _refuse(
+            "guidance.guidance_model",
+            origin,
+            "method autoguidance needs the weaker model here: target, params, ckpt",
+        )
+        return
+    guide = denoiser_params(guidance.guidance_model, "guidance.guidance_model", origin)
+    for name in ("input_size", "in_channels", "num_classes"):
+        own, its = getattr(denoiser, name), getattr(guide, name)
+        if own != its:
+            _refuse(
+                f"guidance.guidance_model.params.{name}",
+                origin,
+                f"{its}, but stage_2.params.{name} is {own}: both see the same latents and labels",
+            )
+
+
+def _check_time(config: RunConfig, origin: Origin) -> None:
+    misc = config.misc
+    if misc.latent_size and misc.time_dist_shift_dim != math.prod(misc.latent_size):
+        _refuse(
+            "misc.time_dist_shift_dim",
+            origin,
+            f"{misc.time_dist_shift_dim}, but misc.latent_size {list(misc.latent_size)} has"
+            f" {math.prod(misc.latent_size)} elements. Leave it out; for another shift, which is"
+            " sqrt(dim / base), set misc.time_dist_shift_base",
+        )
+    if config.time_dist_shift < 1:
+        _refuse(
+            "misc.time_dist_shift_base",
+            origin,
+            f"{misc.time_dist_shift_base} is above the dimension {misc.time_dist_shift_dim}: the"
+            " time shift sqrt(dim / base) must be at least 1 (none)",
+        )
+    kind = config.transport.params.time_dist_type
+    parts = kind.split("_")
+    if kind != "uniform" and not (parts[0] == "logit-normal" and len(parts) == 3):
+        _refuse(
+            "transport.params.time_dist_type",
+            origin,
+            f"expected uniform or logit-normal_MU_SIGMA, got {kind}",
+        )

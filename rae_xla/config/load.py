@@ -1,0 +1,137 @@
+"""A YAML file and ``key=value`` overrides into a :class:`RunConfig`.
+
+defaults < file < overrides, merged and interpolated by OmegaConf; older spellings are renewed
+first, what the models determine is filled in, and what cannot work is refused.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from rae_xla.config.check import check, fill_in
+from rae_xla.config.legacy import Tree, add_present_names, drop_older_names
+from rae_xla.config.run import RunConfig
+from rae_xla.config.typed import Origin, build
+from rae_xla.errors import UserError
+
+
+def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read the configuration of a run.
+
+    Args:
+        path: a YAML file; None for the defaults alone.
+        overrides: ``key=value`` with dotted keys, such as ``training.optimizer.lr=1e-4``.
+
+    Returns:
+        the complete configuration, its derived keys filled in. Paths inside it are relative to
+        the working directory, not to the file.
+
+    Raises:
+        UserError: a missing or malformed file, an unknown key, a wrong type, or settings that
+            contradict each other.
+    """
+    file = {} if path is None else add_present_names(_read(Path(path)))
+    changes = add_present_names(_parse(overrides))
+    origin = Origin(None if path is None else str(path), frozenset(_keys(changes)))
+    given = drop_older_names(_merge(file, changes, origin))
+    _refuse_hidden_rate(given, origin)
+    config = build(RunConfig, given, origin)
+    config = fill_in(config, given, origin)
+    check(config, origin)
+    return config
+
+
+def _read(path: Path) -> Tree:
+    if not path.is_file():
+        raise UserError(_missing(path))
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}{_syntax(error)}") from error
+    except (UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{path} cannot be read as a YAML file: {error}") from error
+    if not isinstance(content, dict) or not content:
+        raise UserError(f"{path} has no sections: expected stage_1, stage_2, training, …")
+    return cast(Tree, content)
+
+
+def _missing(path: Path) -> str:
+    if path.is_dir():
+        return f"{path} is a folder; expected a YAML file"
+    if not path.parent.is_dir():
+        return f"no config file {path}: there is no folder {path.parent}"
+    names = [p.name for p in path.parent.iterdir() if p.suffix in (".yaml", ".yml")]
+    near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.4)
+    hint = f". Near it in that folder: {', '.join(near)}" if near else ""
+    return f"no config file {path}{hint}"
+
+
+def _syntax(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    where = f", line {mark.line + 1}" if mark else ""
+    problem = getattr(error, "problem", None) or str(error).split("\n", 1)[0]
+    return f"{where}: not valid YAML: {problem}"
+
+
+def _parse(overrides: Sequence[str]) -> Tree:
+    for text in overrides:
+        key, equals, _ = text.partition("=")
+        if not equals or not key.strip():
+            raise UserError(f"override {text!r}: expected key=value, such as training.epochs=2")
+    try:
+        parsed = OmegaConf.from_dotlist(list(overrides))
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise UserError(f"overrides {list(overrides)}: {_one_line(error)}") from error
+    return cast(Tree, OmegaConf.to_container(parsed, resolve=False))
+
+
+def _merge(file: Tree, changes: Tree, origin: Origin) -> Tree:
+    """File and overrides as one tree, its ``${…}`` resolved (defaults may be referred to)."""
+    try:
+        given = OmegaConf.merge(OmegaConf.create(file), OmegaConf.create(changes))
+        full = OmegaConf.merge(OmegaConf.create(RunConfig().to_dict()), given)
+        resolved = OmegaConf.to_container(full, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{origin.file or 'overrides'}: {_one_line(error)}") from error
+    return cast(Tree, _only(resolved, OmegaConf.to_container(given, resolve=False)))
+
+
+def _only(resolved: Any, given: Any) -> Any:
+    """The part of ``resolved`` that ``given`` has keys for."""
+    if isinstance(resolved, dict) and isinstance(given, dict):
+        return {k: _only(resolved[k], given[k]) for k in given}
+    return resolved
+
+
+def _refuse_hidden_rate(given: Tree, origin: Origin) -> None:
+    """An ``optimizer.lr`` from the command line that the file's ``base_lr`` would undo."""
+    training = given.get("training")
+    if not isinstance(training, dict) or "training.optimizer.lr" not in origin.overridden:
+        return
+    schedule, optimizer = training.get("scheduler"), training.get("optimizer")
+    base = schedule.get("base_lr") if isinstance(schedule, dict) else None
+    hidden = "training.scheduler.base_lr" not in origin.overridden
+    if base is not None and hidden and isinstance(optimizer, dict) and optimizer["lr"] != base:
+        raise UserError(
+            f"training.optimizer.lr={optimizer['lr']} would have no effect: training.scheduler."
+            f"base_lr is {base} (in {origin.file}) and replaces it. Set"
+            " training.scheduler.base_lr instead"
+        )
+
+
+def _keys(tree: Tree, prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for name, value in tree.items():
+        keys += _keys(value, f"{prefix}{name}.") if isinstance(value, dict) else [f"{prefix}{name}"]
+    return keys
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(line.strip() for line in str(error).strip().splitlines())
