@@ -1,0 +1,119 @@
+# shellcheck shell=bash
+# The parts of install_spmd.sh: what machine this is, which Python, steps that take a while. Sourced.
+
+say() { printf 'install: %s\n' "$*"; }
+
+fail() {
+    printf 'install: error: %s\n' "$*" >&2
+    exit 2
+}
+
+# detect_accelerator [ROOT]: tpu, cuda or cpu. ROOT stands for / in the tests.
+detect_accelerator() {
+    if has_tpu "${1:-}"; then
+        echo tpu
+    elif command -v nvidia-smi >/dev/null && nvidia-smi --list-gpus 2>/dev/null | grep -q '^GPU '; then
+        echo cuda
+    else
+        echo cpu
+    fi
+}
+
+# TPUs up to v4 are /dev/accelN. Later ones are /dev/vfio/N, as any device handed to a user program
+# is: the PCI ids (those torch_xla looks for) or the variables of a TPU virtual machine tell them.
+# (/dev/accel/ without a number is the kernel's folder for other makers' accelerators.)
+has_tpu() {
+    local root=$1 device
+    compgen -G "$root/dev/accel[0-9]*" >/dev/null && return
+    compgen -G "$root/dev/vfio/[0-9]*" >/dev/null || return
+    [[ -z ${TPU_ACCELERATOR_TYPE:-}${TPU_WORKER_ID:-}${TPU_NAME:-} ]] || return 0
+    for device in "$root"/sys/bus/pci/devices/*; do
+        [[ $(cat "$device/vendor" 2>/dev/null) == 0x1ae0 ]] || continue
+        case $(cat "$device/device") in
+            0x0027 | 0x005e | 0x0062 | 0x0063 | 0x006f | 0x0076) return ;;
+        esac
+    done
+    return 1
+}
+
+# find_python [WHICH]: the path of the newest usable Python, or of the usable one that is asked for.
+find_python() {
+    local candidate
+    while read -r candidate; do
+        usable_python "$candidate" "${1:-}" && return
+    done < <(
+        case ${1:-} in
+            "") list_pythons 12 11 10 ;;
+            3.*) list_pythons "${1#3.}" ;;
+            *) echo "$1" ;;
+        esac
+    )
+    return 1
+}
+
+# list_pythons MINOR...: what may be a Python, the best first.
+list_pythons() {
+    local minor
+    for minor; do
+        echo "python3.$minor"
+        compgen -G "${PYENV_ROOT:-$HOME/.pyenv}/versions/3.$minor.*/bin/python3.$minor" || true
+        ! command -v uv >/dev/null || uv python find --no-python-downloads "3.$minor" 2>/dev/null || true
+    done
+    echo python3
+    echo python
+}
+
+# usable_python CANDIDATE [WHICH]: its real path, if it runs (a pyenv shim may not), is a version
+# that torch_xla has wheels for, and has something to install packages with.
+usable_python() {
+    "$1" - "${2:-}" "$(command -v uv)" <<'PY' 2>/dev/null
+import os, sys
+from importlib.util import find_spec
+
+which, uv = sys.argv[1:]
+version = sys.version_info[:2]
+wanted = not which.startswith("3.") or which == f"{version[0]}.{version[1]}"
+if not (wanted and (3, 10) <= version < (3, 13)):
+    sys.exit(1)
+if not (uv or find_spec("ensurepip") or find_spec("pip")):
+    sys.exit(1)
+print(os.path.realpath(sys.executable))  # of a virtual environment: its base, which stays
+PY
+}
+
+# make_venv PYTHON DIR: Debian's and Ubuntu's Python (the TPU virtual machines') may lack ensurepip,
+# without which venv cannot give the environment a pip; theirs can.
+make_venv() {
+    if "$1" -c 'import ensurepip' 2>/dev/null; then
+        "$1" -m venv "$2"
+    else
+        "$1" -m venv --without-pip "$2"
+        "$1" -m pip install pip --target \
+            "$("$2/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+    fi
+}
+
+# work NAME COMMAND...: a step that may take minutes. Its output goes to $log; every quarter of a
+# minute a line tells how far it is.
+work() {
+    local name=$1 begin=$SECONDS beat=15 job
+    shift
+    # shellcheck disable=SC2154  # install_spmd.sh says where the log is
+    "$@" >>"$log" 2>&1 </dev/null &
+    job=$!
+    # shellcheck disable=SC2064  # this job, not a later one
+    trap "kill $job 2>/dev/null || true" EXIT
+    while kill -0 "$job" 2>/dev/null; do
+        sleep 0.2
+        if ((SECONDS - begin >= beat)); then
+            say "  $name, $beat s: $(tail -n 1 "$log" | cut -c 1-80)"
+            beat=$((beat + 15))
+        fi
+    done
+    if ! wait "$job"; then
+        tail -n 20 "$log" >&2
+        fail "$name did not work; the whole log is $log, and a new run takes it up again"
+    fi
+    trap - EXIT
+    say "$name: $((SECONDS - begin)) s"
+}
