@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from rae_xla.config.batch import BatchSplit, check_mesh
 from rae_xla.config.load import load_config
-from rae_xla.config.mesh import MeshShape, check_mesh
 from rae_xla.config.run import RunConfig
 from rae_xla.config.sections import (
     CheckpointConfig,
@@ -24,13 +24,13 @@ from rae_xla.config.sections import (
 )
 
 __all__ = [
+    "BatchSplit",
     "CheckpointConfig",
     "DataConfig",
     "EvalConfig",
     "GanConfig",
     "GuidanceConfig",
     "MeshConfig",
-    "MeshShape",
     "MiscConfig",
     "ModelSpec",
     "OptimizerConfig",

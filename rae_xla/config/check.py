@@ -64,7 +64,7 @@ def _models(
 
 
 def _refuse(key: str, origin: Origin, reason: str) -> None:
-    raise UserError(f"{key} (in {origin.of(key)}): {reason}")
+    raise UserError(f"{key} ({origin.of(key)}): {reason}")
 
 
 _POSITIVE = (
@@ -229,12 +229,4 @@ def _check_time(config: RunConfig, origin: Origin) -> None:
             origin,
             f"{misc.time_dist_shift_base} is above the dimension {misc.time_dist_shift_dim}: the"
             " time shift sqrt(dim / base) must be at least 1 (none)",
-        )
-    kind = config.transport.params.time_dist_type
-    parts = kind.split("_")
-    if kind != "uniform" and not (parts[0] == "logit-normal" and len(parts) == 3):
-        _refuse(
-            "transport.params.time_dist_type",
-            origin,
-            f"expected uniform or logit-normal_MU_SIGMA, got {kind}",
         )

@@ -50,8 +50,9 @@ def encoder_geometry(config_path: str) -> EncoderGeometry | None:
                 f"{file} is no encoder's config.json ({error!r}): it must have patch_size and"
                 " hidden_size"
             ) from error
+    name = "/".join(Path(config_path).parts[-2:])  # owner/model, or dinov2/wReg_base
     for pattern, patch, channels in _KNOWN:
-        match = re.search(pattern, config_path, re.IGNORECASE)
+        match = re.search(pattern, name, re.IGNORECASE)
         if match:
             return EncoderGeometry(patch or int(match[1]), channels)
     return None

@@ -41,6 +41,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     changes = add_present_names(_parse(overrides))
     origin = Origin(None if path is None else str(path), frozenset(_keys(changes)))
     given = drop_older_names(_merge(file, changes, origin))
+    _refuse_impossible(given, origin)
     _refuse_hidden_rate(given, origin)
     config = build(RunConfig, given, origin)
     config = fill_in(config, given, origin)
@@ -110,20 +111,49 @@ def _only(resolved: Any, given: Any) -> Any:
     return resolved
 
 
+# Settings that exist elsewhere but not here: key, the values meant (None: any), and why.
+_IMPOSSIBLE: tuple[tuple[str, tuple[str, ...] | None, str], ...] = (
+    (
+        "runtime.precision",
+        ("fp16", "float16", "16"),
+        "fp16 needs loss scaling, which there is none of here: write bf16, or fp32",
+    ),
+    (
+        "transport.params.time_dist_shift",
+        None,
+        "the shift is sqrt(dim / base) of misc.time_dist_shift_dim and misc.time_dist_shift_base:"
+        " set the base instead",
+    ),
+    ("training.optimizer.type", None, "AdamW is the only optimizer: leave this out"),
+    ("gan.disc.optimizer.type", None, "AdamW is the only optimizer: leave this out"),
+)
+
+
+def _refuse_impossible(given: Tree, origin: Origin) -> None:
+    for key, values, reason in _IMPOSSIBLE:
+        value = _lookup(given, key)
+        if value is not None and (values is None or str(value) in values):
+            raise UserError(f"{key} ({origin.of(key)}) is {value}: {reason}")
+
+
 def _refuse_hidden_rate(given: Tree, origin: Origin) -> None:
     """An ``optimizer.lr`` from the command line that the file's ``base_lr`` would undo."""
-    training = given.get("training")
-    if not isinstance(training, dict) or "training.optimizer.lr" not in origin.overridden:
+    mine, replacing = "training.optimizer.lr", "training.scheduler.base_lr"
+    if mine not in origin.overridden or replacing in origin.overridden:
         return
-    schedule, optimizer = training.get("scheduler"), training.get("optimizer")
-    base = schedule.get("base_lr") if isinstance(schedule, dict) else None
-    hidden = "training.scheduler.base_lr" not in origin.overridden
-    if base is not None and hidden and isinstance(optimizer, dict) and optimizer["lr"] != base:
+    rate, base = _lookup(given, mine), _lookup(given, replacing)
+    if base is not None and base != rate:
         raise UserError(
-            f"training.optimizer.lr={optimizer['lr']} would have no effect: training.scheduler."
-            f"base_lr is {base} (in {origin.file}) and replaces it. Set"
-            " training.scheduler.base_lr instead"
+            f"{mine}={rate} would have no effect: {replacing} is {base} (in {origin.file}) and"
+            f" replaces it. Set {replacing} instead"
         )
+
+
+def _lookup(tree: Tree, key: str) -> Any:
+    value: Any = tree
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
 
 
 def _keys(tree: Tree, prefix: str = "") -> list[str]:

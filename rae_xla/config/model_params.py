@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from rae_xla.config.sections import ModelSpec
+from rae_xla.config.targets import full_name
 from rae_xla.config.typed import Origin, build
 from rae_xla.errors import UserError
-from rae_xla.registry import full_name
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class RAEParams:
 class DiTDHParams:
     """Keywords of DiT-DH (``stage_2.params``); pairs are for the encoder and the head."""
 
-    input_size: Annotated[int, "side of a latent"] = 1
+    input_size: Annotated[int, "side of a latent"] = 16
     patch_size: Annotated[int | tuple[int, int], "latent cells per token side"] = 1
     in_channels: Annotated[int, "channels of a latent"] = 768
     hidden_size: Annotated[tuple[int, int], "widths"] = (1152, 2048)
@@ -62,9 +62,9 @@ class DiTDHParams:
 class LightningDiTParams:
     """Keywords of the plain DiT (``stage_2.params``)."""
 
-    input_size: Annotated[int, "side of a latent"] = 32
-    patch_size: Annotated[int, "latent cells per token side"] = 2
-    in_channels: Annotated[int, "channels of a latent"] = 32
+    input_size: Annotated[int, "side of a latent"] = 16
+    patch_size: Annotated[int, "latent cells per token side"] = 1
+    in_channels: Annotated[int, "channels of a latent"] = 768
     hidden_size: Annotated[int, "width"] = 1152
     depth: Annotated[int, "number of blocks"] = 28
     num_heads: Annotated[int, "attention heads"] = 16
@@ -73,9 +73,9 @@ class LightningDiTParams:
     num_classes: Annotated[int, "classes, without the null label"] = 1000
     learn_sigma: Annotated[bool, "twice the output channels"] = False
     use_qknorm: Annotated[bool, "normalise queries and keys"] = False
-    use_swiglu: Annotated[bool, "SwiGLU, not GELU"] = False
-    use_rope: Annotated[bool, "rotary position embedding"] = False
-    use_rmsnorm: Annotated[bool, "RMSNorm, not LayerNorm"] = False
+    use_swiglu: Annotated[bool, "SwiGLU, not GELU"] = True
+    use_rope: Annotated[bool, "rotary position embedding"] = True
+    use_rmsnorm: Annotated[bool, "RMSNorm, not LayerNorm"] = True
     wo_shift: Annotated[bool, "modulate without a shift"] = False
     use_gembed: Annotated[bool, "Fourier time embedding, not sin-cos"] = True
 
@@ -98,7 +98,7 @@ def denoiser_params(spec: ModelSpec, key: str, origin: Origin) -> DiTDHParams | 
 
 
 def _schema(spec: ModelSpec, key: str, valid: dict[str, Any], origin: Origin) -> Any:
-    where = f"{key}.target (in {origin.of(key + '.target')})"
+    where = f"{key}.target ({origin.of(key + '.target')})"
     try:
         name = full_name(spec.target)
     except UserError as error:

@@ -22,10 +22,9 @@ class Origin:
     overridden: frozenset[str] = frozenset()
 
     def of(self, key: str) -> str:
-        """``command line``, or the file's name."""
-        if any(key == k or key.startswith(k + ".") for k in self.overridden) or not self.file:
-            return "the command line" if self.overridden else "the given values"
-        return self.file
+        """``on the command line``, or ``in FILE``."""
+        changed = any(key == k or key.startswith(k + ".") for k in self.overridden)
+        return f"in {self.file}" if self.file and not changed else "on the command line"
 
 
 def build(schema: type[T], values: Any, origin: Origin, prefix: str = "") -> T:
@@ -48,7 +47,7 @@ def build(schema: type[T], values: Any, origin: Origin, prefix: str = "") -> T:
     for name, f in fields.items():
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if required and name not in arguments:
-            raise UserError(f"{prefix}{name} is missing (in {origin.of(prefix.rstrip('.'))})")
+            raise UserError(f"{prefix}{name} is missing ({origin.of(prefix.rstrip('.'))})")
     return schema(**arguments)
 
 
@@ -59,7 +58,7 @@ def unknown_key(prefix: str, name: str, valid: Iterable[str], origin: Origin) ->
     hint = f"Did you mean {prefix}{near[0]}?" if near else _elsewhere(name)
     if not hint:
         hint = f"Valid here: {', '.join(valid)}."
-    return f"unknown key {prefix}{name} (in {origin.of(prefix + name)}). {hint}"
+    return f"unknown key {prefix}{name} ({origin.of(prefix + name)}). {hint}"
 
 
 def _elsewhere(name: str) -> str:
@@ -161,4 +160,4 @@ def expected(hint: Any) -> str:
 
 def _wrong(key: str, wanted: str, got: Any, origin: Origin) -> str:
     kind = "null" if got is None else f"{got!r} ({type(got).__name__})"
-    return f"{key} (in {origin.of(key)}): expected {wanted}, got {kind}"
+    return f"{key} ({origin.of(key)}): expected {wanted}, got {kind}"
