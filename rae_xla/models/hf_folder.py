@@ -1,0 +1,118 @@
+"""A Hugging Face model folder, local or on the hub: its configuration and its weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from rae_xla.errors import UserError
+from rae_xla.models.weights import read_torch_file
+
+# In the order of preference; an index names the files that the weights are split over.
+_WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether ``name`` means ``owner/model`` on the hub rather than a path on this machine.
+
+    A hub id has exactly one slash, does not start like a path and has no folder of the owner's
+    name here. Anything else is a path, so a mistyped path never becomes a download.
+    """
+    if name.startswith(("/", ".", "~")) or name.count("/") != 1:
+        return False
+    return not Path(name.split("/")[0]).exists()
+
+
+def find_file(folder: str, filename: str) -> Path | None:
+    """Locate a file of a model folder or hub repository; None if the model has no such file.
+
+    Raises:
+        UserError: if the folder or repository does not exist or cannot be reached.
+    """
+    if not is_hub_id(folder):
+        path = Path(folder).expanduser()
+        if not path.is_dir():
+            raise UserError(
+                f"There is no model folder {folder}. Give a folder that transformers' "
+                "save_pretrained wrote, or a hub id such as facebook/dinov2-with-registers-base."
+            )
+        return path / filename if (path / filename).is_file() else None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(folder, filename))
+    except LocalEntryNotFoundError as error:
+        raise _unreachable(folder, filename, error) from error
+    except EntryNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise _unreachable(folder, filename, error) from error
+
+
+def read_json(folder: str, filename: str) -> dict[str, Any] | None:
+    """Read a JSON file of a model folder or hub repository; None if the model has no such file.
+
+    Raises:
+        UserError: if the folder does not exist or the file is not a JSON object.
+    """
+    path = find_file(folder, filename)
+    if path is None:
+        return None
+    try:
+        values = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not JSON ({error}).") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold a JSON object.")
+    return values
+
+
+def read_weights(folder: str) -> dict[str, Tensor]:
+    """Read all weights of a model folder or hub repository, by their names in the files.
+
+    Raises:
+        UserError: if there are no weight files, or one of them is missing or cannot be read.
+    """
+    for filename in _WEIGHT_FILES:
+        path = find_file(folder, filename)
+        if path is None:
+            continue
+        if not filename.endswith(".index.json"):
+            return _read_weight_file(path)
+        index = read_json(folder, filename) or {}
+        weights: dict[str, Tensor] = {}
+        for part in sorted(set(index.get("weight_map", {}).values())):
+            part_path = find_file(folder, part)
+            if part_path is None:
+                raise UserError(f"{folder}: {filename} names {part}, which is not there.")
+            weights.update(_read_weight_file(part_path))
+        return weights
+    raise UserError(f"{folder} holds no weights: expected one of {', '.join(_WEIGHT_FILES)}.")
+
+
+def _read_weight_file(path: Path) -> dict[str, Tensor]:
+    if path.suffix != ".safetensors":
+        return read_torch_file(path, "model weights")
+    try:
+        return load_file(str(path))
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"model weights: {path} cannot be read ({error}).") from error
+
+
+def _unreachable(folder: str, filename: str, error: Exception) -> UserError:
+    reason = str(error).strip().split("\n")[0]
+    return UserError(
+        f"{filename} of {folder} could not be had from the Hugging Face hub ({reason}). "
+        "If it is a folder on this machine, write its path with a leading ./"
+    )

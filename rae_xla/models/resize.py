@@ -1,0 +1,83 @@
+"""Image resizing as two matrix products: the same on every device, with nothing to fall back on.
+
+XLA has no bicubic resize. But a bicubic or bilinear resize is linear and separable, so
+``rows @ image @ columns.T`` does it exactly; both matrices depend on the sizes alone and a compiler
+folds them to constants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+# The free parameter of the cubic kernel (Keys 1981) as torch.nn.functional.interpolate has it.
+CUBIC_A = -0.75
+
+# Fractional positions (n,) to the weights (n, taps) of the pixels around them.
+Kernel = Callable[[Tensor], Tensor]
+
+
+def resize_bicubic(images: Tensor, size: tuple[int, int] | int) -> Tensor:
+    """Resize (..., H, W) to (..., *size), bicubic, edges repeated, without antialiasing.
+
+    Equal to ``torch.nn.functional.interpolate(mode="bicubic", align_corners=False)``. Computed in
+    float32 whatever the autocast setting; the result has the dtype of ``images``.
+    """
+    return _resize(images, size, _cubic_weights, first_tap=-1)
+
+
+def resize_bilinear(images: Tensor, size: tuple[int, int] | int) -> Tensor:
+    """Resize (..., H, W) to (..., *size), bilinear, without antialiasing.
+
+    Equal to ``torch.nn.functional.interpolate(mode="bilinear", align_corners=False)``. Computed in
+    float32 whatever the autocast setting; the result has the dtype of ``images``.
+    """
+    return _resize(images, size, _linear_weights, first_tap=0)
+
+
+def _cubic_weights(t: Tensor) -> Tensor:
+    """Weights (n, 4) of the pixels at -1, 0, 1, 2 around a position ``t`` in [0, 1)."""
+
+    def near(x: Tensor) -> Tensor:  # |x| <= 1
+        return ((CUBIC_A + 2) * x - (CUBIC_A + 3)) * x * x + 1
+
+    def far(x: Tensor) -> Tensor:  # 1 < |x| < 2
+        return CUBIC_A * (((x - 5) * x + 8) * x - 4)
+
+    return torch.stack([far(t + 1), near(t), near(1 - t), far(2 - t)], dim=-1)
+
+
+def _linear_weights(t: Tensor) -> Tensor:
+    """Weights (n, 2) of the pixels at 0, 1 around a position ``t`` in [0, 1)."""
+    return torch.stack([1 - t, t], dim=-1)
+
+
+def _matrix(
+    source: int, target: int, kernel: Kernel, first_tap: int, device: torch.device
+) -> Tensor:
+    """Build the (target, source) matrix that resizes one axis."""
+    # Pixel i of the target lies at ((2i + 1) source / target - 1) / 2 in the source: split into a
+    # whole and a fractional part in integers, so that no rounding enters.
+    index = torch.arange(target, device=device, dtype=torch.int32)
+    numerator = (2 * index + 1) * source - target
+    left = torch.div(numerator, 2 * target, rounding_mode="floor")
+    taps = kernel((numerator - left * (2 * target)).float() / (2 * target))
+    offsets = torch.arange(taps.shape[1], device=device, dtype=torch.int32) + first_tap
+    pixels = (left[:, None] + offsets).clamp(0, source - 1)
+    columns = torch.arange(source, device=device, dtype=torch.int32)
+    return (taps[:, :, None] * (pixels[:, :, None] == columns)).sum(dim=1)
+
+
+def _resize(images: Tensor, size: tuple[int, int] | int, kernel: Kernel, first_tap: int) -> Tensor:
+    height, width = (size, size) if isinstance(size, int) else size
+    source_height, source_width = images.shape[-2:]
+    device = images.device
+    with torch.autocast(device.type, enabled=False):
+        result = images.float()
+        if source_height != height:
+            result = _matrix(source_height, height, kernel, first_tap, device) @ result
+        if source_width != width:
+            result = result @ _matrix(source_width, width, kernel, first_tap, device).T
+    return result.to(images.dtype)

@@ -1,0 +1,66 @@
+"""Weights from files into modules, strictly: every key that does not fit is named."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rae_xla.errors import UserError
+
+_SHOWN = 8
+
+
+def read_torch_file(path: str | Path, what: str) -> Any:
+    """Read a ``torch.save`` file onto the CPU, tensors and plain containers only.
+
+    Raises:
+        UserError: if there is no such file, or it is not one that is safe to read.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise UserError(f"{what}: there is no file {path}.")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"{what}: {path} cannot be read as a torch weight file ({reason})."
+        ) from error
+
+
+def load_strict(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
+    """Load ``state`` into ``module``; keys and shapes must agree exactly.
+
+    Raises:
+        UserError: naming the keys that are missing, unexpected, or of another shape.
+    """
+    own = module.state_dict()
+    faults = []
+    if missing := [key for key in own if key not in state]:
+        faults.append(f"missing {_listed(missing)}")
+    if unexpected := [key for key in state if key not in own]:
+        faults.append(f"unexpected {_listed(unexpected)}")
+    if misshapen := [
+        f"{key} is {tuple(state[key].shape)}, expected {tuple(own[key].shape)}"
+        for key in own
+        if key in state and state[key].shape != own[key].shape
+    ]:
+        faults.append(f"another shape: {_listed(misshapen)}")
+    if faults:
+        raise UserError(f"{where} does not fit {type(module).__name__}: {'; '.join(faults)}.")
+    module.load_state_dict(dict(state))
+
+
+def is_meta(module: nn.Module) -> bool:
+    """Whether the module was built on the meta device: shapes without values."""
+    return next(module.parameters()).is_meta
+
+
+def _listed(names: list[str]) -> str:
+    rest = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
