@@ -16,6 +16,7 @@ from rae_xla.models.layers import (
     DiTBlock,
     FinalLayer,
     RotaryEmbedding,
+    channels_per_head,
     init_weights,
     xavier_linear,
 )
@@ -82,7 +83,9 @@ class LightningDiT(nn.Module):
         self.pos_embed = nn.Parameter(table, requires_grad=False)
         self.feat_rope: RotaryEmbedding | None = None
         if use_rope:
-            self.feat_rope = RotaryEmbedding(hidden_size // num_heads, self.x_embedder.grid_size)
+            self.feat_rope = RotaryEmbedding(
+                channels_per_head(hidden_size, num_heads), self.x_embedder.grid_size
+            )
         self.blocks = nn.ModuleList(
             DiTBlock(
                 hidden_size,

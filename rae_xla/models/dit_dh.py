@@ -15,7 +15,13 @@ from rae_xla.models.embeddings import (
     TimestepEmbedder,
     sincos_positions,
 )
-from rae_xla.models.layers import DiTBlock, FinalLayer, RotaryEmbedding, init_weights
+from rae_xla.models.layers import (
+    DiTBlock,
+    FinalLayer,
+    RotaryEmbedding,
+    channels_per_head,
+    init_weights,
+)
 
 
 class DiTDH(nn.Module):
@@ -65,7 +71,7 @@ class DiTDH(nn.Module):
         use_pos_embed: bool = True,
     ) -> None:
         super().__init__()
-        encoder_dim, head_dim = encoder_and_head("hidden_size", hidden_size)
+        encoder_width, head_width = encoder_and_head("hidden_size", hidden_size)
         encoder_heads, head_heads = encoder_and_head("num_heads", num_heads)
         self.encoder_depth, head_depth = encoder_and_head("depth", depth)
         self.encoder_patch, head_patch = encoder_and_head("patch_size", patch_size)
@@ -77,26 +83,30 @@ class DiTDH(nn.Module):
         self.in_channels = in_channels
         self.num_classes = num_classes
 
-        self.x_embedder = PatchEmbed(input_size, 1, in_channels, head_dim)
+        self.x_embedder = PatchEmbed(input_size, 1, in_channels, head_width)
         patch_channels = in_channels * self.encoder_patch**2
-        self.s_embedder = PatchEmbed(input_size, self.encoder_patch, patch_channels, encoder_dim)
+        self.s_embedder = PatchEmbed(input_size, self.encoder_patch, patch_channels, encoder_width)
         self.s_projector = (
-            nn.Identity() if encoder_dim == head_dim else nn.Linear(encoder_dim, head_dim)
+            nn.Identity() if encoder_width == head_width else nn.Linear(encoder_width, head_width)
         )
-        self.t_embedder = TimestepEmbedder(encoder_dim)
-        self.y_embedder = LabelEmbedder(num_classes, encoder_dim, class_dropout_prob)
-        self.final_layer = FinalLayer(head_dim, in_channels, use_rmsnorm=use_rmsnorm)
+        self.t_embedder = TimestepEmbedder(encoder_width)
+        self.y_embedder = LabelEmbedder(num_classes, encoder_width, class_dropout_prob)
+        self.final_layer = FinalLayer(head_width, in_channels, use_rmsnorm=use_rmsnorm)
 
         grid = self.s_embedder.grid_size
         self.pos_embed: nn.Parameter | None = None
         if use_pos_embed:
-            table = sincos_positions(encoder_dim, grid)[None]
+            table = sincos_positions(encoder_width, grid)[None]
             self.pos_embed = nn.Parameter(table, requires_grad=False)
         self.enc_feat_rope: RotaryEmbedding | None = None
         self.dec_feat_rope: RotaryEmbedding | None = None
         if use_rope:
-            self.enc_feat_rope = RotaryEmbedding(encoder_dim // encoder_heads, grid)
-            self.dec_feat_rope = RotaryEmbedding(head_dim // head_heads, input_size)
+            self.enc_feat_rope = RotaryEmbedding(
+                channels_per_head(encoder_width, encoder_heads), grid
+            )
+            self.dec_feat_rope = RotaryEmbedding(
+                channels_per_head(head_width, head_heads), input_size
+            )
 
         def block(dim: int, heads: int) -> DiTBlock:
             return DiTBlock(
@@ -109,8 +119,8 @@ class DiTDH(nn.Module):
                 wo_shift=wo_shift,
             )
 
-        encoder = [block(encoder_dim, encoder_heads) for _ in range(self.encoder_depth)]
-        head = [block(head_dim, head_heads) for _ in range(head_depth)]
+        encoder = [block(encoder_width, encoder_heads) for _ in range(self.encoder_depth)]
+        head = [block(head_width, head_heads) for _ in range(head_depth)]
         self.blocks = nn.ModuleList(encoder + head)
 
     @torch.no_grad()

@@ -129,18 +129,27 @@ def apply_rope(x: Tensor, rope: Rope) -> Tensor:
     return turned.to(x.dtype)
 
 
+def channels_per_head(dim: int, num_heads: int) -> int:
+    """Divide a width among the heads.
+
+    Raises:
+        UserError: if it does not divide.
+    """
+    if dim % num_heads:
+        raise UserError(
+            f"hidden_size {dim} is not divisible by num_heads {num_heads}; "
+            "choose a number of heads that divides it"
+        )
+    return dim // num_heads
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with optional query/key norm and rotary positions."""
 
     def __init__(self, dim: int, num_heads: int, *, use_qknorm: bool, use_rmsnorm: bool) -> None:
         super().__init__()
-        if dim % num_heads:
-            raise UserError(
-                f"hidden_size {dim} is not divisible by num_heads {num_heads}; "
-                "choose a number of heads that divides it"
-            )
         self.num_heads = num_heads
-        self.head_dim = dim // num_heads
+        self.head_dim = channels_per_head(dim, num_heads)
         norm = RMSNorm if use_rmsnorm else nn.LayerNorm
         self.qkv = nn.Linear(dim, 3 * dim)
         self.q_norm = norm(self.head_dim) if use_qknorm else nn.Identity()

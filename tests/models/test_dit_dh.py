@@ -6,6 +6,7 @@ import pytest
 import torch
 from golden_case import Case, load_case
 
+from rae_xla.errors import UserError
 from rae_xla.models.dit_dh import DiTDH
 
 WITH_GRADIENTS = ["ddt_a_published", "ddt_b_qknorm", "ddt_c_layernorm_gelu"]
@@ -72,8 +73,6 @@ def test_guide_model_gives_the_reference_numbers(name: str) -> None:
 @pytest.mark.parametrize("divisor", [1, 4])
 def test_given_s_bypasses_the_encoder(name: str, divisor: int) -> None:
     case = load_case(f"stage2/{name}")
-    if f"in.s_div{divisor}" not in case.tensors:
-        pytest.skip("not recorded for this case")
     model = build(case)
     s = case[f"in.s_div{divisor}"]
     out = model(case["in.x"], case["in.t"], case["in.y"], s=s)
@@ -95,3 +94,124 @@ def test_key_map_is_the_published_one(name: str) -> None:
     assert sum(p.numel() for _, p in parameters) == meta["n_params"]
     assert [k for k, p in parameters if not p.requires_grad] == meta["frozen_by_default"]
     assert [k for k, _ in model.named_buffers()] == meta["persistent_buffers"]
+
+
+@pytest.mark.parametrize("name", WITH_GRADIENTS)
+def test_position_table_is_the_published_one(name: str) -> None:
+    case = load_case(f"stage2/{name}")
+    table = DiTDH(**case.meta["config"]).pos_embed
+    torch.testing.assert_close(table.data, case["init.pos_embed"], atol=1e-6, rtol=0)
+
+
+def test_initialisation() -> None:
+    torch.manual_seed(0)
+    model = DiTDH(**TINY).eval()
+    zero = {k for k, p in model.named_parameters() if not p.any()}
+    assert zero == {
+        *(f"blocks.{i}.adaLN_modulation.1.{kind}" for i in range(3) for kind in ("weight", "bias")),
+        *(f"final_layer.adaLN_modulation.1.{kind}" for kind in ("weight", "bias")),
+        *(f"final_layer.linear.{kind}" for kind in ("weight", "bias")),
+        "x_embedder.proj.bias",
+        "s_embedder.proj.bias",
+    }
+    weights = dict(model.named_parameters())
+    assert weights["t_embedder.W"].std().item() == pytest.approx(1, rel=0.15)
+    for name in ("t_embedder.mlp.0", "t_embedder.mlp.2", "y_embedder.embedding_table"):
+        assert weights[f"{name}.weight"].std().item() == pytest.approx(0.02, rel=0.2), name
+    # The others keep torch's default, uniform within 1/sqrt(fan in), bias included.
+    for part in ("weight", "bias"):
+        largest = weights[f"blocks.0.attn.qkv.{part}"].abs().max()
+        assert 0.9 * 32**-0.5 < largest <= 32**-0.5
+
+
+def test_weights_and_tables_are_whole_after_the_meta_device() -> None:
+    with torch.device("meta"):
+        model = DiTDH(**TINY)
+    model.to_empty(device="cpu")
+    for value in model.state_dict().values():
+        value.fill_(torch.nan)
+    model.init_weights()
+    built = DiTDH(**TINY)
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert torch.equal(model.pos_embed, built.pos_embed)
+    for name, table in built.named_buffers():
+        assert torch.equal(model.get_buffer(name), table), name
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"use_rope": False}, {"wo_shift": True}, {"use_pos_embed": False}, {"use_qknorm": True}],
+)
+def test_every_option_runs_and_trains(options: dict[str, object]) -> None:
+    model = random_model(**options).train()
+    model(*inputs()).square().mean().backward()
+    without = [k for k, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert without == []
+
+
+def test_coarser_encoder_patches_work_with_a_given_s_only() -> None:
+    model = random_model(patch_size=[2, 1])
+    x, t, y = inputs()
+    s = torch.randn(4, 4, 32)
+    coarse = model(x, t, y, s=s)
+    assert coarse.shape == x.shape
+    torch.testing.assert_close(coarse, model(x, t, y, s=s.repeat_interleave(4, dim=1)))
+    with pytest.raises(UserError, match="patch_size is 2"):
+        model(x, t, y)
+
+
+def test_label_drop_gives_the_null_label_and_eval_draws_nothing() -> None:
+    model = random_model(class_dropout_prob=0.5)
+    x, t, y = inputs(64)
+    drop = torch.arange(64) % 3 == 0
+    plain, null = model.eval()(x, t, y), model(x, t, torch.full_like(y, 5))
+    model.train()
+    given = model(x, t, y, label_drop=drop)
+    torch.testing.assert_close(given, torch.where(drop[:, None, None, None], null, plain))
+
+    torch.manual_seed(3)
+    drawn = model(x, t, y)
+    torch.manual_seed(3)
+    expected = model(x, t, y, label_drop=torch.rand(64) < 0.5)
+    assert torch.equal(drawn, expected)
+
+
+def test_blocks_are_called_with_tensors_only() -> None:
+    """What passes that wrap ``blocks[i]`` (rematerialise, scan) rely on."""
+    model = random_model()
+    seen = []
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda _, args: seen.append(args))
+    model.eval()(*inputs())
+    assert [(x.shape, c.shape, rope[0].shape) for x, c, rope in seen] == [
+        ((4, 16, 32), (4, 1, 32), (16, 8)),
+        ((4, 16, 32), (4, 1, 32), (16, 8)),
+        ((4, 16, 48), (4, 16, 48), (16, 12)),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"patch_size": 2}, "patch_size: 2: the head"),
+        ({"patch_size": [1, 2]}, "the head"),
+        ({"hidden_size": [32, 48, 64]}, r"hidden_size: expected \[encoder, head\]"),
+        ({"num_heads": [5, 4]}, "hidden_size 32 is not divisible by num_heads 5"),
+        ({"num_heads": 16}, "head_dim 2 is not a multiple of 4"),
+        ({"hidden_size": [30, 48], "num_heads": [5, 4], "use_rope": False}, "multiple of 4"),
+    ],
+)
+def test_impossible_sizes_are_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        DiTDH(**(TINY | options))
+
+
+def test_bad_inputs_are_refused() -> None:
+    model = random_model().eval()
+    x, t, y = inputs()
+    with pytest.raises(UserError, match=r"\(8, 4, 4\).*got \(8, 8, 8\)"):
+        model(torch.zeros(4, 8, 8, 8), t, y)
+    with pytest.raises(UserError, match=r"label is outside 0\.\.5"):
+        model(x, t, y + 5)
+    with pytest.raises(UserError, match="3 tokens cannot be spread over 16"):
+        model(x, t, y, s=torch.zeros(4, 3, 32))
