@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import io
+import struct
 import zlib
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from rae_xla.data import storage
 from rae_xla.data.index import ShardIndex
 from rae_xla.data.transforms import Pixels, Transform
 from rae_xla.errors import UserError
 
-DECODE_ERRORS = (OSError, SyntaxError, ValueError, UnidentifiedImageError)
+IMAGE_EXTENSIONS = ("bmp", "gif", "jpeg", "jpg", "png", "tif", "tiff", "webp")
+"""Names of files and of members of a shard that end so are taken for images."""
+
+DECODE_ERRORS = (
+    EOFError,
+    OSError,
+    SyntaxError,
+    ValueError,
+    struct.error,
+    Image.DecompressionBombError,
+)
 """What Pillow raises for bytes that are not the image they claim to be."""
 
 

@@ -12,21 +12,23 @@ from functools import partial
 from itertools import islice
 from multiprocessing import get_context
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
 from rae_xla.data.counter import Purpose, counter_hash
-from rae_xla.data.reader import DECODE_ERRORS
+from rae_xla.data.reader import DECODE_ERRORS, IMAGE_EXTENSIONS
 from rae_xla.data.shards import ShardSample
 from rae_xla.data.transforms import resize_short_side, to_rgb
 from rae_xla.errors import UserError
 
-IMAGE_EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-
 KEPT_FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 """What is put into a shard byte by byte, and its extension there; the rest becomes PNG."""
+
+MOST_CLASSES = 1 << 20
+"""A larger label is taken for a mistake rather than for so many classes."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +66,19 @@ class Source:
 
 
 def open_source(
-    path: str, *, image_size: int | None = None, shuffle: bool = True, workers: int = 1
+    path: str,
+    *,
+    labels: str | None = None,
+    image_size: int | None = None,
+    shuffle: bool = True,
+    workers: int = 1,
 ) -> Source:
-    """An image folder, or an ``.npz`` file with arrays ``images`` and ``labels``.
+    """A folder of images or a file of arrays, whichever ``path`` is.
 
     Args:
-        path: a local folder or file.
+        path: a folder with a sub-folder of images per class, an ``.npz`` file with arrays
+            ``images`` and ``labels``, or an ``.npy`` file of images.
+        labels: the ``.npy`` file of labels that belongs to an ``.npy`` file of images.
         image_size: shorten the shorter side of larger images to so many pixels.
         shuffle: mix the classes (the same way every time), so that neighbours in a shard are as
             different as the data set is; else keep the order of the source.
@@ -82,17 +91,25 @@ def open_source(
         raise UserError(f"--image-size is {image_size}; it must be at least 1")
     if os.path.isdir(path):
         return folder_source(path, image_size=image_size, shuffle=shuffle, workers=workers)
-    if not os.path.exists(path):
-        raise UserError(f"{path}: no such file or folder")
+    images, classes = _load_arrays(path, labels)
+    return array_source(images, classes, image_size=image_size, shuffle=shuffle, workers=workers)
+
+
+def _load_arrays(path: str, labels: str | None) -> tuple[NDArray[Any], NDArray[Any]]:
+    for file in (path, labels):
+        if file is not None and not os.path.exists(file):
+            raise UserError(f"{file}: no such file or folder")
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            images, labels = arrays["images"], arrays["labels"]
-    except (AttributeError, TypeError, KeyError, ValueError, OSError) as error:
+        loaded = np.load(path, allow_pickle=False)
+        if labels is not None:
+            return loaded, np.load(labels, allow_pickle=False)
+        return loaded["images"], loaded["labels"]
+    except (KeyError, IndexError, ValueError, EOFError, OSError, BadZipFile) as error:
         raise UserError(
             f"{path}: cannot be read as arrays ({error}): give a folder with a sub-folder of "
-            "images per class, or an .npz file with arrays 'images' and 'labels'"
+            "images per class, an .npz file with arrays 'images' and 'labels', or an .npy file of "
+            "images with --labels"
         ) from None
-    return array_source(images, labels, image_size=image_size, shuffle=shuffle, workers=workers)
 
 
 def folder_source(
@@ -158,6 +175,8 @@ def array_source(
             f"labels are {labels.dtype} of shape {labels.shape}; they must be integers of shape "
             f"({len(images)},)"
         )
+    if labels.max() >= MOST_CLASSES:
+        raise UserError(f"a label is {labels.max()}; labels are class numbers from 0")
     if classes is None:
         classes = [str(label) for label in range(int(labels.max()) + 1)]
     if labels.min() < 0 or labels.max() >= len(classes):
@@ -194,7 +213,7 @@ def _order(length: int, shuffle: bool) -> list[int]:
 
 
 def _is_image(name: str) -> bool:
-    return name.lower().endswith(IMAGE_EXTENSIONS)
+    return name.lower().rpartition(".")[2] in IMAGE_EXTENSIONS and not name.startswith(".")
 
 
 def _images_under(folder: str) -> list[str]:
@@ -203,7 +222,7 @@ def _images_under(folder: str) -> list[str]:
         os.path.join(parent, name)
         for parent, _, names in os.walk(folder, followlinks=True)
         for name in names
-        if _is_image(name) and not name.startswith(".")
+        if _is_image(name)
     )
 
 

@@ -126,7 +126,10 @@ def list_sizes(folder: str) -> dict[str, int]:
         with os.scandir(folder) as entries:
             return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
     files, inside = _remote(folder)
-    listed = files.ls(inside, detail=True, refresh=True)
+    try:
+        listed = files.ls(inside, detail=True, refresh=True)
+    except FileNotFoundError:
+        return {}  # A bucket has no folders: one with nothing in it does not exist.
     return {
         entry["name"].rstrip("/").rpartition("/")[2]: int(entry["size"])
         for entry in listed
@@ -135,9 +138,12 @@ def list_sizes(folder: str) -> dict[str, int]:
 
 
 def make_folder(path: str) -> None:
-    """Create a folder and those above it; a bucket needs none."""
+    """Create a folder and those above it."""
     if not is_remote(path):
         os.makedirs(path, exist_ok=True)
+    elif not path.startswith("gs://"):  # A bucket has no folders.
+        files, inside = _remote(path)
+        files.makedirs(inside, exist_ok=True)
 
 
 def remove(path: str) -> None:

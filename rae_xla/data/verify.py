@@ -14,7 +14,7 @@ from PIL import Image
 
 from rae_xla.data import storage
 from rae_xla.data.index import Shard, ShardIndex, read_index, size_fault
-from rae_xla.data.reader import DECODE_ERRORS
+from rae_xla.data.reader import DECODE_ERRORS, IMAGE_EXTENSIONS
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ def verify(path: str, progress: Callable[[int], object] | None = None) -> list[F
 
     Args:
         path: the folder or its ``index.json``.
-        progress: called with the number of samples done since the last call.
+        progress: called with 1 for every sample read.
 
     Returns:
         Every fault found, in the order of the shards; none for a sound folder.
@@ -46,10 +46,9 @@ def verify(path: str, progress: Callable[[int], object] | None = None) -> list[F
     faults: list[Fault] = []
     first = 0
     for shard in index.shards:
-        faults += (Fault(shard.file, text) for text in _shard_faults(index, shard, first, present))
+        for text in _shard_faults(index, shard, first, present, progress or (lambda done: None)):
+            faults.append(Fault(shard.file, text))
         first += shard.samples
-        if progress is not None:
-            progress(shard.samples)
     known = {shard.file for shard in index.shards}
     faults += (
         Fault(name, "lies in the folder but is not in the index")
@@ -60,7 +59,11 @@ def verify(path: str, progress: Callable[[int], object] | None = None) -> list[F
 
 
 def _shard_faults(
-    index: ShardIndex, shard: Shard, first: int, present: dict[str, int]
+    index: ShardIndex,
+    shard: Shard,
+    first: int,
+    present: dict[str, int],
+    progress: Callable[[int], object],
 ) -> Iterator[str]:
     """The faults of one shard, whose samples start at number ``first``."""
     if (fault := size_fault(shard, present)) is not None:
@@ -77,6 +80,7 @@ def _shard_faults(
                 if seen < shard.samples:
                     yield from sample.faults(index, first + seen)
                 seen += 1
+                progress(1)
         except (tarfile.TarError, EOFError, OSError) as error:
             yield f"not a readable tar after {seen} samples ({error})"
         file.drain()
@@ -102,7 +106,7 @@ class _Found:
         if self.label is None:
             yield f"{where}: the label is missing (no .cls member)"
         else:
-            yield from self._label_faults(where, index.num_classes, int(row["label"]))
+            yield from _label_faults(where, self.label, index.num_classes, int(row["label"]))
         if self.image is None:
             yield f"{where}: the image is missing"
             return
@@ -116,17 +120,18 @@ class _Found:
         except DECODE_ERRORS as error:
             yield f"{where}: the image does not decode ({error})"
 
-    def _label_faults(self, where: str, num_classes: int, indexed: int) -> Iterator[str]:
-        assert self.label is not None
-        try:
-            label = int(self.label)
-        except ValueError:
-            yield f"{where}: the label {self.label[:20]!r} is not a number"
-            return
-        if not 0 <= label < num_classes:
-            yield f"{where}: label {label} is out of range (0 to {num_classes - 1})"
-        elif label != indexed:
-            yield f"{where}: label {label}, the index says {indexed}"
+
+def _label_faults(where: str, text: bytes, num_classes: int, indexed: int) -> Iterator[str]:
+    """What is wrong with the ``text`` of a label, which the index says is ``indexed``."""
+    try:
+        label = int(text)
+    except ValueError:
+        yield f"{where}: the label {text[:20]!r} is not a number"
+        return
+    if not 0 <= label < num_classes:
+        yield f"{where}: label {label} is out of range (0 to {num_classes - 1})"
+    elif label != indexed:
+        yield f"{where}: label {label}, the index says {indexed}"
 
 
 def _samples(file: _HashingReader) -> Iterator[_Found]:
@@ -146,7 +151,7 @@ def _samples(file: _HashingReader) -> Iterator[_Found]:
                 current = _Found(key)
             if extension == "cls":
                 current.label = content.read()
-            else:
+            elif extension.lower() in IMAGE_EXTENSIONS:
                 current.image, current.offset = content.read(), member.offset_data
     if current is not None:
         yield current

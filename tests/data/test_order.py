@@ -1,0 +1,123 @@
+import numpy as np
+import pytest
+
+from rae_xla.data.counter import Purpose, counter_hash, uniform
+from rae_xla.data.order import SampleOrder, block_size
+from rae_xla.errors import UserError
+
+ORDERS = [
+    SampleOrder(100, 16, seed=1),
+    SampleOrder(1437, 64, seed=0),
+    SampleOrder(1000, 30, seed=2, block=7),
+    SampleOrder(5003, 128, seed=3, block=80),
+    SampleOrder(97, 97, seed=4, block=10),
+    SampleOrder(100, 16, shuffle=False),
+]
+
+
+def _epoch(order: SampleOrder, epoch: int) -> np.ndarray:
+    steps = order.steps_per_epoch
+    rows = [order.rows(epoch * steps + k, 0, order.global_batch_size) for k in range(steps)]
+    return np.concatenate(rows)
+
+
+PINNED = {
+    "first step": [930, 1100, 571, 1270, 401, 672],
+    "far step": [109, 635, 1043, 1015, 921, 324],
+    "blocks": [774283, 774236, 1154405, 1154416, 89940, 1154427],
+    "hash": [2797369506347349652, 6809857304325929543],
+}
+
+
+@pytest.mark.parametrize("order", ORDERS, ids=str)
+def test_an_epoch_has_every_sample_once_up_to_the_last_partial_batch(order):
+    for epoch in (0, 1, 5):
+        ids = _epoch(order, epoch)
+        assert len(ids) == order.num_samples // order.global_batch_size * order.global_batch_size
+        assert len(np.unique(ids)) == len(ids)
+        assert ids.min() >= 0
+        assert ids.max() < order.num_samples
+
+
+@pytest.mark.parametrize("order", ORDERS[:4], ids=str)
+def test_epochs_and_seeds_differ_and_what_is_left_over_changes(order):
+    first, second = _epoch(order, 0), _epoch(order, 1)
+    other = SampleOrder(order.num_samples, order.global_batch_size, order.seed + 1, order.block)
+    assert (first == second).mean() < 0.05
+    assert (first == _epoch(other, 0)).mean() < 0.05
+    assert set(first.tolist()) != set(second.tolist())
+
+
+@pytest.mark.parametrize("order", ORDERS, ids=str)
+@pytest.mark.parametrize("parts", [2, 3, 4, 16])
+def test_rows_are_the_same_however_they_are_divided(order, parts):
+    cuts = [order.global_batch_size * i // parts for i in range(parts + 1)]
+    for step in (0, 1, 2 * order.steps_per_epoch + 3):
+        whole = order.rows(step, 0, order.global_batch_size)
+        pieces = [order.rows(step, cuts[i], cuts[i + 1]) for i in range(parts) if cuts[i + 1]]
+        np.testing.assert_array_equal(np.concatenate(pieces), whole)
+
+
+def test_the_order_never_changes_between_versions():
+    """A run made by an earlier version must go on with its very next sample."""
+    order = SampleOrder(1437, 64, seed=42)
+    assert order.rows(0, 0, 6).tolist() == PINNED["first step"]
+    assert order.rows(10**9, 58, 64).tolist() == PINNED["far step"]
+    blocks = SampleOrder(1_281_167, 1024, seed=42, block=78)
+    assert blocks.rows(123_456, 500, 506).tolist() == PINNED["blocks"]
+    numbers = counter_hash(42, Purpose.FLIP, 3, np.arange(2, dtype=np.int64)).tolist()
+    assert numbers == PINNED["hash"]
+
+
+def test_without_shuffle_ids_count_up():
+    assert _epoch(SampleOrder(10, 3, shuffle=False), 4).tolist() == list(range(9))
+
+
+def test_small_sets_are_permuted_sample_by_sample_and_large_ones_in_blocks_of_a_few_mib():
+    assert block_size(1437, 1437 * 300) == 1
+    assert block_size(30_000, 30_000 * 100_000) == 1
+    assert block_size(1_281_167, 1_281_167 * 110_000) == 76  # 8 MiB of ImageNet
+    assert block_size(1_281_167, 1_281_167 * 20_000) == 78
+    assert block_size(100_000_000, 100_000_000 * 8_000_000) == 1
+
+
+def test_a_small_set_is_mixed_as_well_as_by_chance():
+    """Neighbours in the index are neighbours in an epoch no more often than 2 / n of the time."""
+    order = SampleOrder(1000, 50, seed=9)
+    epochs = [_epoch(order, epoch) for epoch in range(40)]
+    together = np.mean([(np.abs(np.diff(ids)) == 1).mean() for ids in epochs])
+    assert together == pytest.approx(2 / 1000, rel=0.3)
+    place = np.stack([np.argsort(ids) for ids in epochs])  # of every sample in every epoch
+    spread = place.mean(axis=0).std() / (1000 / np.sqrt(12) / np.sqrt(40))
+    assert spread == pytest.approx(1, abs=0.1)
+
+
+def test_blocks_are_mixed_within_and_across_batches():
+    """A batch of a large set holds samples of many blocks, not a few blocks whole."""
+    order = SampleOrder(200_000, 1024, seed=0, block=80)
+    for step in (0, 7, 100):
+        blocks = order.rows(step, 0, 1024) // 80
+        assert len(np.unique(blocks)) > 2 * order.streams
+
+
+def test_a_range_of_rows_reads_few_blocks():
+    """What blocks are for: over a window of steps, one of 8 hosts reads an eighth of the blocks."""
+    order = SampleOrder(200_000, 1024, seed=0, block=80)
+    ids = np.concatenate([order.rows(step, 0, 128) for step in range(order.steps_per_epoch)])
+    assert len(np.unique(ids // 80)) < 1.1 * 200_000 / 80 / 8
+
+
+def test_the_set_must_fill_a_batch():
+    with pytest.raises(UserError, match="50 samples, fewer than one global batch of 64"):
+        SampleOrder(50, 64)
+
+
+def test_uniforms_are_uniform_and_independent_of_each_other():
+    ids = np.arange(100_000, dtype=np.int64)
+    x, y = uniform(0, Purpose.CROP_X, 0, ids), uniform(0, Purpose.CROP_Y, 0, ids)
+    later = uniform(0, Purpose.CROP_X, 1, ids)
+    assert x.min() >= 0
+    assert x.max() < 1
+    assert np.histogram(x, 20, (0, 1))[0] == pytest.approx(5000, rel=0.06)
+    for other in (y, later, np.roll(x, 1)):
+        assert abs(np.corrcoef(x, other)[0, 1]) < 0.02

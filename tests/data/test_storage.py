@@ -1,0 +1,71 @@
+import pytest
+
+from rae_xla.data import storage
+
+
+@pytest.fixture(params=["local", "remote"])
+def folder(request, tmp_path):
+    """A folder on disk, and one behind fsspec, where ``gs://`` goes too."""
+    if request.param == "local":
+        return str(tmp_path / "folder")
+    return f"file://{tmp_path}/folder"
+
+
+@pytest.fixture
+def file(folder):
+    storage.make_folder(folder)
+    path = storage.join(folder, "file.bin")
+    storage.write_bytes(path, b"0123456789")
+    return path
+
+
+def test_what_is_written_is_read(file):
+    assert storage.exists(file)
+    assert storage.size(file) == 10
+    assert storage.read_bytes(file) == b"0123456789"
+    with storage.open_read(file) as opened:
+        assert (opened.read(3), opened.read(3)) == (b"012", b"345")
+
+
+def test_a_range_ends_where_the_file_ends(file):
+    assert storage.read_range(file, 3, 4) == b"3456"
+    assert storage.read_range(file, 8, 4) == b"89"
+
+
+def test_listing_and_removing(folder, file):
+    storage.write_bytes(storage.join(folder, "other"), b"abc")
+    storage.make_folder(storage.join(folder, "below"))
+    assert storage.list_sizes(folder) == {"file.bin": 10, "other": 3}
+    assert storage.is_folder(folder)
+    assert not storage.is_folder(file)
+    storage.remove(file)
+    assert storage.list_sizes(folder) == {"other": 3}
+    assert not storage.exists(file)
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(folder, file):
+    def fail() -> None:
+        with storage.create(file) as opened:
+            opened.write(b"half of it")
+            raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        fail()
+    assert storage.read_bytes(file) == b"0123456789"
+    assert storage.list_sizes(folder) == {"file.bin": 10}
+
+
+def test_a_missing_file_is_a_file_not_found_error(folder):
+    missing = storage.join(folder, "missing")
+    for read in (storage.read_bytes, storage.size, lambda path: storage.read_range(path, 0, 1)):
+        with pytest.raises(FileNotFoundError):
+            read(missing)
+
+
+@pytest.mark.parametrize(
+    ("path", "parts"),
+    [("gs://bucket/a/index.json", ("gs://bucket/a", "index.json")), ("/a/b", ("/a", "b"))],
+)
+def test_split_undoes_join(path, parts):
+    assert storage.split(path) == parts
+    assert storage.join(*parts) == path
