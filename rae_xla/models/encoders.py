@@ -197,7 +197,7 @@ class FrozenEncoder(nn.Module):
         if is_meta(self):
             trunk.embeddings.resample((side, side))
         else:
-            load_strict(trunk, _trunk_weights(folder, trunk, anchor), f"The encoder in {folder}")
+            load_strict(trunk, _trunk_weights(folder, trunk, anchor), f"the encoder in {folder}")
 
 
 class DINOv2Encoder(FrozenEncoder):
@@ -317,7 +317,7 @@ def image_mean_std(folder: str) -> tuple[list[float], list[float]]:
     if not values or not {"image_mean", "image_std"} <= values.keys():
         raise UserError(
             f"{folder} has no preprocessor_config.json with image_mean and image_std, so the "
-            "encoder's image normalisation is unknown: save the model's image processor there too."
+            "encoder's image normalisation is unknown; save the model's image processor there too"
         )
     return values["image_mean"], values["image_std"]
 
@@ -325,11 +325,11 @@ def image_mean_std(folder: str) -> tuple[list[float], list[float]]:
 def _config(folder: str, model_types: tuple[str, ...]) -> dict[str, Any]:
     values = read_json(folder, "config.json")
     if values is None:
-        raise UserError(f"The encoder folder {folder} has no config.json.")
+        raise UserError(f"the encoder folder {folder} has no config.json")
     if values.get("model_type") not in model_types:
         raise UserError(
-            f"The encoder in {folder} has model_type {values.get('model_type')!r}, but this "
-            f"encoder_cls reads {' or '.join(model_types)}: choose the encoder_cls that fits."
+            f"the encoder in {folder} has model_type {values.get('model_type')!r}, but this "
+            f"encoder_cls reads {' or '.join(model_types)}; choose the encoder_cls that fits"
         )
     return values
 
@@ -339,7 +339,9 @@ def _trunk_weights(folder: str, trunk: nn.Module, anchor: str) -> dict[str, Tens
     weights = read_weights(folder)
     prefix = next((k.removesuffix(anchor) for k in weights if k.endswith(anchor)), None)
     if prefix is None:
-        raise UserError(f"The weights in {folder} have no {anchor}: not a model of this kind.")
+        raise UserError(
+            f"the weights in {folder} have no {anchor}; this is not a model of this kind"
+        )
     own = trunk.state_dict().keys()
     inside = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
     # Heads, decoders and the final norm's affine map may lie beside the trunk; blocks may not.
@@ -355,7 +357,7 @@ def _trunk_weights(folder: str, trunk: nn.Module, anchor: str) -> dict[str, Tens
 def _side(value: int | Iterable[int], what: str) -> int:
     sides = {value} if isinstance(value, int) else set(value)
     if len(sides) != 1:
-        raise UserError(f"Encoder configuration: {what} must be square, got {value}.")
+        raise UserError(f"encoder configuration: {what} must be square, got {value}")
     return sides.pop()
 
 

@@ -6,12 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from rae_xla.errors import UserError
-from rae_xla.models.weights import read_torch_file
+from rae_xla.models.weights import read_weight_file
 
 # In the order of preference; an index names the files that the weights are split over.
 _WEIGHT_FILES = (
@@ -43,8 +41,8 @@ def find_file(folder: str, filename: str) -> Path | None:
         path = Path(folder).expanduser()
         if not path.is_dir():
             raise UserError(
-                f"There is no model folder {folder}. Give a folder that transformers' "
-                "save_pretrained wrote, or a hub id such as facebook/dinov2-with-registers-base."
+                f"there is no model folder {folder}; give one that transformers' save_pretrained "
+                "wrote, or a hub id such as facebook/dinov2-with-registers-base"
             )
         return path / filename if (path / filename).is_file() else None
     from huggingface_hub import hf_hub_download
@@ -72,9 +70,9 @@ def read_json(folder: str, filename: str) -> dict[str, Any] | None:
     try:
         values = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not JSON ({error}).") from error
+        raise UserError(f"{path} is not JSON ({error})") from error
     if not isinstance(values, dict):
-        raise UserError(f"{path} must hold a JSON object.")
+        raise UserError(f"{path} must hold a JSON object")
     return values
 
 
@@ -89,30 +87,21 @@ def read_weights(folder: str) -> dict[str, Tensor]:
         if path is None:
             continue
         if not filename.endswith(".index.json"):
-            return _read_weight_file(path)
+            return read_weight_file(path, "model weights")
         index = read_json(folder, filename) or {}
         weights: dict[str, Tensor] = {}
         for part in sorted(set(index.get("weight_map", {}).values())):
             part_path = find_file(folder, part)
             if part_path is None:
-                raise UserError(f"{folder}: {filename} names {part}, which is not there.")
-            weights.update(_read_weight_file(part_path))
+                raise UserError(f"{folder}: {filename} names {part}, which is not there")
+            weights.update(read_weight_file(part_path, "model weights"))
         return weights
-    raise UserError(f"{folder} holds no weights: expected one of {', '.join(_WEIGHT_FILES)}.")
-
-
-def _read_weight_file(path: Path) -> dict[str, Tensor]:
-    if path.suffix != ".safetensors":
-        return read_torch_file(path, "model weights")
-    try:
-        return load_file(str(path))
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"model weights: {path} cannot be read ({error}).") from error
+    raise UserError(f"{folder} holds no weights: expected one of {', '.join(_WEIGHT_FILES)}")
 
 
 def _unreachable(folder: str, filename: str, error: Exception) -> UserError:
     reason = str(error).strip().split("\n")[0]
     return UserError(
-        f"{filename} of {folder} could not be had from the Hugging Face hub ({reason}). "
-        "If it is a folder on this machine, write its path with a leading ./"
+        f"{filename} of {folder} could not be had from the Hugging Face hub ({reason}); if it is "
+        "a folder on this machine, write its path with a leading ./"
     )

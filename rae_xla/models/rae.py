@@ -21,7 +21,7 @@ from rae_xla.models.encoders import (
 )
 from rae_xla.models.resize import resize_bicubic
 from rae_xla.models.vit_decoder import ViTDecoder
-from rae_xla.models.weights import is_meta, load_strict, read_torch_file
+from rae_xla.models.weights import is_meta, load_strict, read_torch_file, read_weight_file
 
 # Our names and the published ones.
 ENCODERS: dict[str, type[FrozenEncoder]] = {
@@ -82,7 +82,7 @@ class RAE(nn.Module):
     ) -> None:
         super().__init__()
         if noise_tau < 0:
-            raise UserError(f"noise_tau must not be negative, got {noise_tau}.")
+            raise UserError(f"noise_tau must not be negative, got {noise_tau}")
         self.encoder_input_size = encoder_input_size
         self.noise_tau = noise_tau
         self.reshape_to_2d = reshape_to_2d
@@ -93,7 +93,7 @@ class RAE(nn.Module):
         if encoder_input_size < 1 or encoder_input_size % patch:
             raise UserError(
                 f"encoder_input_size {encoder_input_size} must be a multiple of the encoder's "
-                f"patch size {patch}: {max(1, round(encoder_input_size / patch)) * patch} is."
+                f"patch size {patch}, such as {max(1, round(encoder_input_size / patch)) * patch}"
             )
         self.grid = encoder_input_size // patch
         self.decoder = ViTDecoder(
@@ -141,7 +141,7 @@ class RAE(nn.Module):
         if images.ndim != 4 or images.shape[1] != self.encoder_mean.shape[1]:
             raise UserError(
                 f"RAE.encode takes images of shape (batch, {self.encoder_mean.shape[1]}, height, "
-                f"width), got {tuple(images.shape)}."
+                f"width), got {tuple(images.shape)}"
             )
         images = resize_bicubic(images, self.encoder_input_size)
         tokens = self.encoder((images - self.encoder_mean) / self.encoder_std)
@@ -162,7 +162,7 @@ class RAE(nn.Module):
         if latents.ndim != (4 if self.reshape_to_2d else 3):
             shape = "(batch, C, h, w)" if self.reshape_to_2d else "(batch, N, C)"
             raise UserError(
-                f"RAE.decode takes latents of shape {shape}, got {tuple(latents.shape)}."
+                f"RAE.decode takes latents of shape {shape}, got {tuple(latents.shape)}"
             )
         if self.latent_std is not None:
             _check_shape(self.latent_std, latents.shape[1:], "the latents to decode")
@@ -218,13 +218,13 @@ def read_latent_statistics(path: str | Path) -> tuple[Tensor | None, Tensor]:
     if not isinstance(values, Mapping) or not isinstance(values.get("var"), Tensor):
         raise UserError(
             f"normalization_stat_path: {path} has no `var` (a tensor with the variance of each "
-            "latent element); `rae-xla stats` writes such a file."
+            "latent element); `rae-xla stats` writes such a file"
         )
     mean, var = values.get("mean"), values["var"].float()
     if mean is not None and not isinstance(mean, Tensor):
-        raise UserError(f"normalization_stat_path: `mean` in {path} is not a tensor.")
+        raise UserError(f"normalization_stat_path: `mean` in {path} is not a tensor")
     if not bool((var >= 0).all()):
-        raise UserError(f"normalization_stat_path: `var` in {path} has negative or NaN values.")
+        raise UserError(f"normalization_stat_path: `var` in {path} has negative or NaN values")
     return (None if mean is None else mean.float()), var
 
 
@@ -233,8 +233,8 @@ def _build_encoder(
 ) -> FrozenEncoder:
     if name not in ENCODERS:
         raise UserError(
-            f"Unknown encoder_cls {name!r}{_nearest(name, ENCODERS)}: "
-            f"choose one of {', '.join(ENCODERS)}."
+            f"unknown encoder_cls {name!r}{_nearest(name, ENCODERS)}; "
+            f"choose one of {', '.join(ENCODERS)}"
         )
     encoder_cls = ENCODERS[name]
     known = list(inspect.signature(encoder_cls.__init__).parameters)[1:]
@@ -242,7 +242,7 @@ def _build_encoder(
         if key not in known:
             raise UserError(
                 f"encoder_params: {name} has no {key!r}{_nearest(key, known)}; "
-                f"it takes {', '.join(known)}."
+                f"it takes {', '.join(known)}"
             )
     path = known[0]  # each encoder's first argument is its folder
     return encoder_cls(**{path: folder, "input_size": input_size, **params})
@@ -252,20 +252,20 @@ def _load_decoder(decoder: ViTDecoder, path: str) -> None:
     what = "pretrained_decoder_path"
     if not Path(path).expanduser().is_file() and path.startswith("models/"):
         raise UserError(
-            f"{what}: there is no file {path}. Published weights are had with "
-            f"`hf download {HUB_FILES} {path.removeprefix('models/')} --local-dir models`."
+            f"{what}: there is no file {path}; published weights are had with "
+            f"`hf download {HUB_FILES} {path.removeprefix('models/')} --local-dir models`"
         )
-    state = read_torch_file(path, what)
+    state = read_weight_file(path, what)
     if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
         kind = "a training checkpoint" if _is_checkpoint(state) else "not a state dict"
         raise UserError(
-            f"{what}: {path} is {kind}; it must hold the decoder's weights alone. Export the "
-            "decoder from the checkpoint first, or give the checkpoint as stage_1.ckpt."
+            f"{what}: {path} is {kind}; it must hold the decoder's weights alone; export the "
+            "decoder from the checkpoint first, or give the checkpoint as stage_1.ckpt"
         )
     if any(key.startswith("decoder.") for key in state):
         raise UserError(
             f"{what}: {path} holds a whole RAE (keys such as decoder.decoder_embed.weight); "
-            "export the decoder first, or give the file as stage_1.ckpt."
+            "export the decoder first, or give the file as stage_1.ckpt"
         )
     load_strict(decoder, state, f"{what}: {path}")
 
@@ -281,7 +281,7 @@ def _check_shape(statistics: Tensor, shape: tuple[int, ...] | torch.Size, what: 
         fits = False
     if not fits:
         raise UserError(
-            f"{what} have shape {tuple(shape)} but the latent statistics {tuple(statistics.shape)}."
+            f"{what} have shape {tuple(shape)} but the latent statistics {tuple(statistics.shape)}"
         )
 
 

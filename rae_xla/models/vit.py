@@ -41,12 +41,12 @@ class ViTShape:
     def __post_init__(self) -> None:
         if self.width % self.num_heads:
             raise UserError(
-                f"A transformer width of {self.width} cannot be split over {self.num_heads} "
-                "attention heads: choose a number of heads that divides it."
+                f"a transformer width of {self.width} cannot be split over {self.num_heads} "
+                "attention heads; choose a number of heads that divides it"
             )
         if self.activation not in ACTIVATIONS:
             raise UserError(
-                f"Unknown hidden_act {self.activation!r}: choose one of {', '.join(ACTIVATIONS)}."
+                f"unknown hidden_act {self.activation!r}; choose one of {', '.join(ACTIVATIONS)}"
             )
 
 

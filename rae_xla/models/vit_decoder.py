@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rae_xla.errors import UserError
+from rae_xla.models.embeddings import sincos_positions
 from rae_xla.models.resize import resize_bilinear
 from rae_xla.models.vit import ViTMAELayer, ViTShape
 
@@ -43,14 +44,9 @@ class DecoderConfig:
             value = getattr(self, field.name)
             if field.type == "int" and (type(value) is not int or value < 1):
                 raise UserError(
-                    f"Decoder configuration: {field.name} must be a positive whole number, "
-                    f"got {value!r}."
+                    f"decoder configuration: {field.name} must be a positive whole number, "
+                    f"got {value!r}"
                 )
-        if self.decoder_hidden_size % 4:
-            raise UserError(
-                f"Decoder configuration: decoder_hidden_size {self.decoder_hidden_size} must be "
-                "divisible by 4 (sine and cosine of row and column)."
-            )
 
     @classmethod
     def read(cls, source: str | Path | Mapping[str, Any], **changes: Any) -> DecoderConfig:
@@ -85,30 +81,15 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not file.is_file():
         raise UserError(
             f"decoder_config_path: there is no {file}; give a folder that holds the config.json "
-            "of a vit_mae model (configs/decoder has ViTB, ViTL and ViTXL)."
+            "of a vit_mae model"
         )
     try:
         values = json.loads(file.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"decoder_config_path: {file} is not JSON ({error}).") from error
+        raise UserError(f"decoder_config_path: {file} is not JSON ({error})") from error
     if not isinstance(values, dict):
-        raise UserError(f"decoder_config_path: {file} must hold a JSON object of settings.")
+        raise UserError(f"decoder_config_path: {file} must hold a JSON object of settings")
     return values
-
-
-def sin_cos_positions(width: int, grid: int) -> Tensor:
-    """Sine-cosine position table (1, 1 + grid², width) of a square grid, its first row zero.
-
-    As in MAE: the first half of the channels holds the column, the second the row, each as
-    [sin | cos] of position / 10000^(k / (width / 4)).
-    """
-    frequencies = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    angles = torch.arange(grid, dtype=torch.float64)[:, None] * frequencies
-    axis = torch.cat([angles.sin(), angles.cos()], dim=1)
-    columns = axis[None, :, :].expand(grid, grid, -1)
-    rows = axis[:, None, :].expand(grid, grid, -1)
-    table = torch.cat([columns, rows], dim=-1).reshape(grid * grid, width)
-    return torch.cat([table.new_zeros(1, width), table]).float()[None]
 
 
 class ViTDecoder(nn.Module):
@@ -139,9 +120,8 @@ class ViTDecoder(nn.Module):
         self.grid = _square_side(num_patches, "num_patches")
         width = config.decoder_hidden_size
         self.decoder_embed = nn.Linear(config.hidden_size, width)
-        self.decoder_pos_embed = nn.Parameter(
-            sin_cos_positions(width, self.grid), requires_grad=False
-        )
+        positions = sincos_positions(width, self.grid, cls_token=True)
+        self.decoder_pos_embed = nn.Parameter(positions[None], requires_grad=False)
         self.trainable_cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.decoder_layers = nn.ModuleList(
             ViTMAELayer(config.block) for _ in range(config.decoder_num_hidden_layers)
@@ -160,8 +140,8 @@ class ViTDecoder(nn.Module):
         """
         if tokens.ndim != 3 or tokens.shape[-1] != self.config.hidden_size:
             raise UserError(
-                f"The decoder takes tokens of shape (batch, N, {self.config.hidden_size}), "
-                f"got {tuple(tokens.shape)}."
+                f"the decoder takes tokens of shape (batch, N, {self.config.hidden_size}), "
+                f"got {tuple(tokens.shape)}"
             )
         x = self.decoder_embed(tokens[:, 1:] if drop_cls_token else tokens)
         x = self._to_own_grid(x)
@@ -188,7 +168,7 @@ class ViTDecoder(nn.Module):
             rows, columns = image_size[0] // size, image_size[1] // size
         if rows * columns != count:
             raise UserError(
-                f"{count} patches of {size} pixels do not fill an image of {image_size} pixels."
+                f"{count} patches of {size} pixels do not fill an image of {image_size} pixels"
             )
         pixels = patches.reshape(-1, rows, columns, size, size, channels)
         return pixels.permute(0, 5, 1, 3, 2, 4).reshape(-1, channels, rows * size, columns * size)
@@ -204,5 +184,5 @@ class ViTDecoder(nn.Module):
 def _square_side(count: int, what: str) -> int:
     side = math.isqrt(count)
     if side * side != count or count < 1:
-        raise UserError(f"Decoder: {what} must be a square number, got {count}.")
+        raise UserError(f"decoder: {what} must be a square number, got {count}")
     return side

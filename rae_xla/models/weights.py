@@ -8,11 +8,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rae_xla.errors import UserError
 
 _SHOWN = 8
+
+
+def read_weight_file(path: str | Path, what: str) -> Any:
+    """Read a ``.safetensors`` or ``torch.save`` file onto the CPU; ``what`` names it in errors.
+
+    Raises:
+        UserError: if there is no such file, or it cannot be read.
+    """
+    path = Path(path).expanduser()
+    if path.suffix != ".safetensors":
+        return read_torch_file(path, what)
+    _must_exist(path, what)
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{what}: {path} cannot be read as safetensors ({error})") from error
 
 
 def read_torch_file(path: str | Path, what: str) -> Any:
@@ -22,15 +40,17 @@ def read_torch_file(path: str | Path, what: str) -> Any:
         UserError: if there is no such file, or it is not one that is safe to read.
     """
     path = Path(path).expanduser()
-    if not path.is_file():
-        raise UserError(f"{what}: there is no file {path}.")
+    _must_exist(path, what)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise UserError(
-            f"{what}: {path} cannot be read as a torch weight file ({reason})."
-        ) from error
+        raise UserError(f"{what}: {path} cannot be read as a torch file ({reason})") from error
+
+
+def _must_exist(path: Path, what: str) -> None:
+    if not path.is_file():
+        raise UserError(f"{what}: there is no file {path}")
 
 
 def load_strict(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
@@ -52,7 +72,7 @@ def load_strict(module: nn.Module, state: Mapping[str, Tensor], where: str) -> N
     ]:
         faults.append(f"another shape: {_listed(misshapen)}")
     if faults:
-        raise UserError(f"{where} does not fit {type(module).__name__}: {'; '.join(faults)}.")
+        raise UserError(f"{where} does not fit {type(module).__name__}: {'; '.join(faults)}")
     module.load_state_dict(dict(state))
 
 
