@@ -110,21 +110,13 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
 
 
 def _read(path: Path) -> Any:
+    from rae_xla.models.weights import read_weight_file
+
     if path.is_dir():
         raise UserError(f"checkpoint {path} is a folder; name one .pt or .safetensors file")
     if not path.exists():
         raise UserError(f"there is no checkpoint {path}{_near(path)}")
-    if path.suffix != ".safetensors":
-        from rae_xla.models.weights import read_torch_file
-
-        return read_torch_file(path, "checkpoint")
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"checkpoint {path} cannot be read as safetensors: {error}") from error
+    return read_weight_file(path, "checkpoint")
 
 
 def _near(path: Path) -> str:

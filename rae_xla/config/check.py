@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from rae_xla.config.geometry import latent_size
@@ -15,16 +15,17 @@ from rae_xla.config.model_params import (
     autoencoder_params,
     denoiser_params,
 )
-from rae_xla.config.run import RunConfig
+from rae_xla.config.run import RunConfig, plain
 from rae_xla.config.typed import Origin
 from rae_xla.errors import UserError
 
 
 def fill_in(config: RunConfig, given: Mapping[str, Any], origin: Origin) -> RunConfig:
-    """Complete ``misc`` and ``data.image_size`` from the models, where ``given`` is silent."""
+    """Complete the models' params, and from them what ``given`` does not say of misc and data."""
     rae, denoiser = _models(config, origin)
+    config = _with_params(config, rae, denoiser)
     misc, data = config.misc, config.data
-    latents = latent_size(rae) if rae else None
+    latents = latent_size(rae, origin) if rae else None
     if misc.latent_size is None:
         side = denoiser.input_size if denoiser else 0
         own = (denoiser.in_channels, side, side) if denoiser else None
@@ -39,6 +40,15 @@ def fill_in(config: RunConfig, given: Mapping[str, Any], origin: Origin) -> RunC
     if (given.get("data") or {}).get("image_size") is None and rae and latents:
         data = replace(data, image_size=rae.decoder_patch_size * latents[1])
     return replace(config, misc=misc, data=data)
+
+
+def _with_params(config: RunConfig, rae: Any, denoiser: Any) -> RunConfig:
+    """The configuration with every keyword of its models written out, defaults included."""
+    if config.stage_1:
+        config = replace(config, stage_1=replace(config.stage_1, params=plain(asdict(rae))))
+    if config.stage_2:
+        config = replace(config, stage_2=replace(config.stage_2, params=plain(asdict(denoiser))))
+    return config
 
 
 def check(config: RunConfig, origin: Origin) -> None:
@@ -118,7 +128,7 @@ def _check_latent(
     denoiser: DiTDHParams | LightningDiTParams | None,
     origin: Origin,
 ) -> None:
-    found = latent_size(rae)
+    found = latent_size(rae, origin)
     said = config.misc.latent_size
     because = (
         f"the encoder makes {list(found)} (C, H, W) of stage_1.params.encoder_input_size"

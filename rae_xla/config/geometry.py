@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rae_xla.config.model_params import RAEParams
+from rae_xla.config.typed import Origin
 from rae_xla.errors import UserError
 
 # Patch side and width of the encoders RAEs are made of, by what their names have in common.
@@ -58,7 +59,7 @@ def encoder_geometry(config_path: str) -> EncoderGeometry | None:
     return None
 
 
-def latent_size(rae: RAEParams) -> tuple[int, int, int] | None:
+def latent_size(rae: RAEParams, origin: Origin) -> tuple[int, int, int] | None:
     """(C, H, W) of the autoencoder's latents, or None where the encoder is not known here.
 
     Raises:
@@ -70,9 +71,9 @@ def latent_size(rae: RAEParams) -> tuple[int, int, int] | None:
     side, rest = divmod(rae.encoder_input_size, geometry.patch_size)
     if rest:
         below = side * geometry.patch_size
+        key = "stage_1.params.encoder_input_size"
         raise UserError(
-            f"stage_1.params.encoder_input_size {rae.encoder_input_size} is no multiple of the"
-            f" encoder's patch, {geometry.patch_size}: write {below} or"
-            f" {below + geometry.patch_size}"
+            f"{key} ({origin.of(key)}): {rae.encoder_input_size} is no multiple of the encoder's"
+            f" patch, {geometry.patch_size}: write {below} or {below + geometry.patch_size}"
         )
     return geometry.channels, side, side

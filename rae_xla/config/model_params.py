@@ -20,15 +20,15 @@ class RAEParams:
 
     encoder_cls: Annotated[str, "`Dinov2withNorm`, `SigLIP2wNorm` or `MAEwNorm`"] = "Dinov2withNorm"
     encoder_config_path: Annotated[str, "Hugging Face folder or hub id of the encoder"] = (
-        "facebook/dinov2-base"
+        "facebook/dinov2-with-registers-base"
     )
     encoder_input_size: Annotated[int, "side in pixels that images are resized to"] = 224
     encoder_params: Annotated[dict[str, Any], "`dinov2_path` or `model_name`, and `normalize`"] = (
         field(default_factory=dict)
     )
-    decoder_config_path: Annotated[str, "folder of the decoder's vit_mae config.json"] = (
-        "vit_mae-base"
-    )
+    decoder_config_path: Annotated[
+        str | dict[str, Any], "folder of the decoder's vit_mae config.json, or its settings"
+    ] = "configs/decoder/ViTXL"
     decoder_patch_size: Annotated[int, "side of the pixels a token becomes"] = 16
     pretrained_decoder_path: Annotated[str | None, "weights of the decoder"] = None
     noise_tau: Annotated[float, "latent noise while training (0.8); 0 is none"] = 0.8

@@ -26,6 +26,7 @@ from rae_xla.config.sections import (
     TrainingConfig,
     TransportConfig,
 )
+from rae_xla.config.targets import full_name
 
 # What may change from one start of a run to the next without making it another run: where it
 # computes, what it reports and when it saves. Every other key is part of its mathematics.
@@ -80,8 +81,8 @@ class RunConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain dicts, lists and scalars, every key present."""
-        plain: dict[str, Any] = _plain(asdict(self))
-        return plain
+        tree: dict[str, Any] = plain(asdict(self))
+        return tree
 
     def to_yaml(self) -> str:
         """The resolved configuration as YAML; ``load_config`` of it gives an equal one."""
@@ -107,7 +108,9 @@ class RunConfig:
         if self.training.global_batch_size is not None:
             # The optimizer sees the same batch however it is cut.
             left_out += ("training.batch_size", "training.grad_accum_steps")
-        return {k: v for k, v in self.flat().items() if not _is_under(k, left_out)}
+        kept = {k: v for k, v in self.flat().items() if not _is_under(k, left_out)}
+        targets = {k: full_name(v) for k, v in kept.items() if k.endswith(".target")}
+        return kept | targets
 
     def fingerprint(self) -> str:
         """A hash (16 hex digits) of :meth:`identity`: equal for two starts of one run."""
@@ -126,11 +129,12 @@ def _is_under(name: str, prefixes: tuple[str, ...]) -> bool:
     return any(name == p or name.startswith(p + ".") for p in prefixes)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """``value`` with its mappings as dicts and its sequences as lists, as YAML has them."""
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     return value
 
 

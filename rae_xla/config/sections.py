@@ -96,7 +96,7 @@ class MiscConfig:
     time_dist_shift_dim: Annotated[
         int | None, "time shift = sqrt(dim / base); default: C·H·W of the latent"
     ] = None
-    time_dist_shift_base: Annotated[float, "dimension at which the shift is 1"] = 4096
+    time_dist_shift_base: Annotated[float, "dimension at which the shift is 1"] = 4096.0
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class SchedulerConfig:
     """
 
     type: Annotated[Literal["linear", "cosine"], "shape of the decay"] = "linear"
-    warmup_epochs: Annotated[float, "length of the warm-up; the decay starts at its end"] = 0
+    warmup_epochs: Annotated[float, "length of the warm-up; the decay starts at its end"] = 0.0
     warmup_steps: Annotated[int | None, "the same in optimizer steps"] = None
     decay_end_epoch: Annotated[float | None, "where final_lr is reached; default: no decay"] = None
     decay_end_steps: Annotated[int | None, "the same in optimizer steps"] = None
@@ -204,11 +204,11 @@ class GanLossConfig:
     gen_loss: Annotated[Literal["vanilla"], "adversarial loss of the decoder"] = "vanilla"
     disc_weight: Annotated[float, "weight of that loss"] = 0.0
     perceptual_weight: Annotated[float, "weight of LPIPS"] = 0.0
-    disc_start: Annotated[float, "epoch at which the adversarial loss starts"] = 0
+    disc_start: Annotated[float, "epoch at which the adversarial loss starts"] = 0.0
     disc_upd_start: Annotated[
         float | None, "epoch at which the discriminator starts to learn; default: disc_start"
     ] = None
-    lpips_start: Annotated[float, "epoch at which LPIPS starts"] = 0
+    lpips_start: Annotated[float, "epoch at which LPIPS starts"] = 0.0
     max_d_weight: Annotated[float, "largest adaptive weight"] = 1e4
     disc_updates: Annotated[int, "discriminator updates per step"] = 1
 
