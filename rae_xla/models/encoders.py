@@ -8,156 +8,24 @@ resize), and MAE does not sort its tokens to keep them all.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, cast
 
-import torch
-import torch.nn.functional as F
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import Dinov2WithRegistersConfig, SiglipVisionConfig, ViTMAEConfig
 
 from rae_xla.errors import UserError
 from rae_xla.models.hf_folder import read_json, read_weights
-from rae_xla.models.vit import DINOv2Layer, SigLIPLayer, ViTMAELayer, ViTMlp, ViTShape
+from rae_xla.models.vit import DINOv2Layer, SigLIPLayer, ViTMAELayer, ViTShape
+from rae_xla.models.vit_trunk import (
+    PatchEmbeddings,
+    SigLIPHead,
+    SigLIPTrunk,
+    TokenEmbeddings,
+    ViTTrunk,
+    square_side,
+)
 from rae_xla.models.weights import is_meta, load_strict
-
-
-class _Embeddings(nn.Module):
-    """Patch embedding plus a position table that is resampled to the input's grid.
-
-    The resampled table is a plain tensor kept beside the parameters, out of the state dict. It is
-    made anew when another grid comes or weights are loaded.
-    """
-
-    resampled: Tensor
-    num_extra_tokens: int  # before the patches: class token, registers
-
-    def __init__(self, antialias: bool) -> None:
-        super().__init__()
-        self.antialias = antialias
-        self.grid = (0, 0)
-        self.register_buffer("resampled", torch.zeros(0), persistent=False)
-        self.register_load_state_dict_post_hook(_resample_again)
-
-    def patch_positions(self) -> Tensor:
-        """Return the stored table of the patches, (1, side², width)."""
-        raise NotImplementedError
-
-    @torch.no_grad()
-    def resample(self, grid: tuple[int, int]) -> None:
-        """Make the table of a grid of (rows, columns) patches, on the host, as transformers does.
-
-        transformers resamples bicubically, with antialiasing for DINOv2 only.
-        """
-        table = self.patch_positions()
-        side = round(table.shape[1] ** 0.5)
-        resampled = table
-        if grid != (side, side):
-            host = table if table.is_meta else table.cpu()
-            image = host.float().transpose(1, 2).unflatten(2, (side, side))
-            image = F.interpolate(image, size=grid, mode="bicubic", antialias=self.antialias)
-            resampled = image.flatten(2).transpose(1, 2).to(table)
-        self.resampled = resampled.detach().clone()
-        self.grid = grid
-
-    def add_positions(self, patches: Tensor) -> Tensor:
-        """Turn a patch map (B, width, rows, columns) into tokens with their positions added."""
-        grid = (patches.shape[2], patches.shape[3])
-        if grid != self.grid:
-            self.resample(grid)
-        return patches.flatten(2).transpose(1, 2) + self.resampled
-
-
-def _resample_again(module: nn.Module, _: Any) -> None:
-    assert isinstance(module, _Embeddings)
-    module.resample(module.grid)
-
-
-class _TokenEmbeddings(_Embeddings):
-    """Embeddings of DINOv2 and MAE: a class token, registers if any, then the patches."""
-
-    def __init__(self, config: Any, registers: int | None) -> None:
-        super().__init__(antialias=registers is not None)
-        width, patch = config.hidden_size, _side(config.patch_size, "patch_size")
-        side = _side(config.image_size, "image_size") // patch
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
-        if registers is not None:
-            self.mask_token = nn.Parameter(torch.zeros(1, width))
-            self.register_tokens = nn.Parameter(torch.zeros(1, registers, width))
-        self.position_embeddings = nn.Parameter(torch.zeros(1, side * side + 1, width))
-        self.patch_embeddings = nn.ModuleDict(
-            {"projection": nn.Conv2d(config.num_channels, width, patch, stride=patch)}
-        )
-        self.num_extra_tokens = 1 + (registers or 0)
-
-    def patch_positions(self) -> Tensor:
-        return self.position_embeddings[:, 1:]
-
-    def forward(self, images: Tensor) -> Tensor:
-        patches = self.add_positions(self.patch_embeddings["projection"](images))
-        extra = [self.cls_token + self.position_embeddings[:, :1]]
-        if self.num_extra_tokens > 1:
-            extra.append(self.register_tokens)
-        batch = images.shape[0]
-        return torch.cat([*(token.expand(batch, -1, -1) for token in extra), patches], dim=1)
-
-
-class _PatchEmbeddings(_Embeddings):
-    """Embeddings of SigLIP: the patches alone."""
-
-    def __init__(self, config: Any) -> None:
-        super().__init__(antialias=False)
-        self.num_extra_tokens = 0
-        width, patch = config.hidden_size, _side(config.patch_size, "patch_size")
-        side = _side(config.image_size, "image_size") // patch
-        self.patch_embedding = nn.Conv2d(config.num_channels, width, patch, stride=patch)
-        self.position_embedding = nn.Embedding(side * side, width)
-
-    def patch_positions(self) -> Tensor:
-        return self.position_embedding.weight[None]
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.add_positions(self.patch_embedding(images))
-
-
-class _SigLIPHead(nn.Module):
-    """SigLIP's attention pooling. Never run: it is here because it is in the state dict."""
-
-    def __init__(self, shape: ViTShape) -> None:
-        super().__init__()
-        self.probe = nn.Parameter(torch.zeros(1, 1, shape.width))
-        self.attention = nn.MultiheadAttention(shape.width, shape.num_heads, batch_first=True)
-        self.layernorm = nn.LayerNorm(shape.width, eps=shape.norm_eps)
-        self.mlp = ViTMlp(shape)
-
-
-class _Trunk(nn.Module):
-    """Embeddings, blocks and final norm under the names of DINOv2 and MAE checkpoints."""
-
-    def __init__(self, embeddings: _Embeddings, layers: Iterable[nn.Module], norm: nn.Module):
-        super().__init__()
-        self.embeddings = embeddings
-        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(layers)})
-        self.layernorm = norm
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.layernorm(_through(self.encoder["layer"], self.embeddings(images)))
-
-
-class _SigLIPTrunk(nn.Module):
-    """Embeddings, blocks, final norm and head under the names of SigLIP checkpoints."""
-
-    def __init__(
-        self, embeddings: _Embeddings, layers: Iterable[nn.Module], norm: nn.Module, head: nn.Module
-    ) -> None:
-        super().__init__()
-        self.embeddings = embeddings
-        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(layers)})
-        self.post_layernorm = norm
-        self.head = head
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.post_layernorm(_through(self.encoder["layers"], self.embeddings(images)))
 
 
 class FrozenEncoder(nn.Module):
@@ -168,10 +36,10 @@ class FrozenEncoder(nn.Module):
         patch_size: side of a patch in pixels.
     """
 
-    def __init__(self, trunk_name: str, trunk: _Trunk | _SigLIPTrunk, config: Any) -> None:
+    def __init__(self, trunk_name: str, trunk: ViTTrunk | SigLIPTrunk, config: Any) -> None:
         super().__init__()
         self.hidden_size: int = config.hidden_size
-        self.patch_size = _side(config.patch_size, "patch_size")
+        self.patch_size = square_side(config.patch_size, "patch_size")
         self._trunk_name = trunk_name
         self.add_module(trunk_name, trunk)
         self.requires_grad_(False)
@@ -186,13 +54,17 @@ class FrozenEncoder(nn.Module):
         """Stay in eval mode whatever is asked."""
         return super().train(False)
 
-    def _trunk(self) -> _Trunk | _SigLIPTrunk:
-        return cast("_Trunk | _SigLIPTrunk", self.get_submodule(self._trunk_name))
+    def _trunk(self) -> ViTTrunk | SigLIPTrunk:
+        return cast("ViTTrunk | SigLIPTrunk", self.get_submodule(self._trunk_name))
 
     def _prepare(self, folder: str, input_size: int | None, anchor: str, image_size: Any) -> None:
         """Load the weights (none on the meta device) and resample the positions."""
         trunk = self._trunk()
-        side = (input_size or _side(image_size, "image_size")) // self.patch_size
+        side = (input_size or square_side(image_size, "image_size")) // self.patch_size
+        if side < 1:
+            raise UserError(
+                f"encoder_input_size {input_size} is smaller than a patch of {self.patch_size}"
+            )
         trunk.embeddings.grid = (side, side)
         if is_meta(self):
             trunk.embeddings.resample((side, side))
@@ -215,7 +87,8 @@ class DINOv2Encoder(FrozenEncoder):
     def __init__(
         self, dinov2_path: str, normalize: bool = True, input_size: int | None = None
     ) -> None:
-        config = Dinov2WithRegistersConfig(**_config(dinov2_path, ("dinov2_with_registers",)))
+        values = _config(dinov2_path, ("dinov2_with_registers",))
+        config = _parsed(Dinov2WithRegistersConfig, values, dinov2_path)
         shape = ViTShape(
             width=config.hidden_size,
             num_heads=config.num_attention_heads,
@@ -228,8 +101,8 @@ class DINOv2Encoder(FrozenEncoder):
             DINOv2Layer(shape, use_swiglu=config.use_swiglu_ffn)
             for _ in range(config.num_hidden_layers)
         )
-        trunk = _Trunk(
-            _TokenEmbeddings(config, config.num_register_tokens),
+        trunk = ViTTrunk(
+            TokenEmbeddings(config, config.num_register_tokens),
             layers,
             nn.LayerNorm(shape.width, eps=shape.norm_eps, elementwise_affine=not normalize),
         )
@@ -251,7 +124,7 @@ class MAEEncoder(FrozenEncoder):
     def __init__(
         self, model_name: str = "facebook/vit-mae-base", input_size: int | None = None
     ) -> None:
-        config = ViTMAEConfig(**_config(model_name, ("vit_mae",)))
+        config = _parsed(ViTMAEConfig, _config(model_name, ("vit_mae",)), model_name)
         shape = ViTShape(
             width=config.hidden_size,
             num_heads=config.num_attention_heads,
@@ -260,8 +133,8 @@ class MAEEncoder(FrozenEncoder):
             qkv_bias=config.qkv_bias,
             activation=config.hidden_act,
         )
-        trunk = _Trunk(
-            _TokenEmbeddings(config, None),
+        trunk = ViTTrunk(
+            TokenEmbeddings(config, None),
             (ViTMAELayer(shape) for _ in range(config.num_hidden_layers)),
             nn.LayerNorm(shape.width, eps=shape.norm_eps, elementwise_affine=False),
         )
@@ -285,7 +158,7 @@ class SigLIP2Encoder(FrozenEncoder):
         self, model_name: str, num_tokens: int | None = None, input_size: int | None = None
     ) -> None:
         values = _config(model_name, ("siglip", "siglip_vision_model"))
-        config = SiglipVisionConfig(**values.get("vision_config", values))
+        config = _parsed(SiglipVisionConfig, values.get("vision_config", values), model_name)
         shape = ViTShape(
             width=config.hidden_size,
             num_heads=config.num_attention_heads,
@@ -293,11 +166,11 @@ class SigLIP2Encoder(FrozenEncoder):
             norm_eps=config.layer_norm_eps,
             activation=config.hidden_act,
         )
-        trunk = _SigLIPTrunk(
-            _PatchEmbeddings(config),
+        trunk = SigLIPTrunk(
+            PatchEmbeddings(config),
             (SigLIPLayer(shape) for _ in range(config.num_hidden_layers)),
             nn.LayerNorm(shape.width, eps=shape.norm_eps, elementwise_affine=False),
-            _SigLIPHead(shape),
+            SigLIPHead(shape),
         )
         super().__init__("model", trunk, config)
         self._prepare(
@@ -334,6 +207,15 @@ def _config(folder: str, model_types: tuple[str, ...]) -> dict[str, Any]:
     return values
 
 
+def _parsed(config_class: Any, values: dict[str, Any], folder: str) -> Any:
+    """Let transformers fill in the defaults that a config.json leaves out."""
+    try:
+        return config_class.from_dict(values)
+    except (StrictDataclassError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"the config.json of {folder} is not valid: {reason}") from error
+
+
 def _trunk_weights(folder: str, trunk: nn.Module, anchor: str) -> dict[str, Tensor]:
     """Read the weights of the vision trunk, wherever in the saved model it sits."""
     weights = read_weights(folder)
@@ -352,16 +234,3 @@ def _trunk_weights(folder: str, trunk: nn.Module, anchor: str) -> dict[str, Tens
         for k, v in inside.items()
         if k in own or (k.startswith(trunk_parts) and k not in extra)
     }
-
-
-def _side(value: int | Iterable[int], what: str) -> int:
-    sides = {value} if isinstance(value, int) else set(value)
-    if len(sides) != 1:
-        raise UserError(f"encoder configuration: {what} must be square, got {value}")
-    return sides.pop()
-
-
-def _through(layers: nn.Module, x: Tensor) -> Tensor:
-    for layer in layers.children():
-        x = layer(x)
-    return x

@@ -42,6 +42,8 @@ class RAE(nn.Module):
     without ``reshape_to_2d``. State-dict keys are the published ones: ``encoder.*`` and
     ``decoder.*``; image and latent statistics are not in the state dict.
 
+    The encoder stays frozen and in eval mode; ``train()`` concerns the decoder and the noise.
+
     On the meta device (``with torch.device("meta")``) only configurations are read, no weights.
 
     Args:
@@ -121,10 +123,6 @@ class RAE(nn.Module):
     def image_size(self) -> int:
         """Side in pixels of the images that ``decode`` returns."""
         return self.grid * self.decoder.config.patch_size
-
-    def train(self, mode: bool = True) -> RAE:
-        """Set the decoder and the noise to train mode or back; the encoder stays in eval mode."""
-        return super().train(mode)
 
     @torch.no_grad()
     def encode(self, images: Tensor, noise: tuple[Tensor, Tensor] | None = None) -> Tensor:
