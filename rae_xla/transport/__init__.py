@@ -1,1 +1,7 @@
 """Flow matching: paths, times, losses, solvers, guidance."""
+
+from rae_xla.transport.create import create_transport
+from rae_xla.transport.guidance import guided
+from rae_xla.transport.transport import Transport
+
+__all__ = ["Transport", "create_transport", "guided"]

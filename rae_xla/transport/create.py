@@ -1,0 +1,63 @@
+"""Build a transport from the published options, refusing what is not one."""
+
+from __future__ import annotations
+
+import math
+
+from rae_xla.errors import UserError
+from rae_xla.transport.losses import LOSS_WEIGHTS, PREDICTIONS
+from rae_xla.transport.paths import PATHS
+from rae_xla.transport.steps import choose
+from rae_xla.transport.times import parse_time_distribution
+from rae_xla.transport.transport import Transport
+
+
+def create_transport(
+    path_type: str = "Linear",
+    prediction: str = "velocity",
+    loss_weight: str | None = None,
+    train_eps: float | None = None,
+    sample_eps: float | None = None,
+    time_dist_type: str = "uniform",
+    time_dist_shift: float = 1.0,
+) -> Transport:
+    """Build a :class:`Transport` from the published options.
+
+    Args:
+        path_type: ``Linear``, ``GVP`` or ``VP``.
+        prediction: what the network predicts: ``velocity``, ``noise`` or ``score``.
+        loss_weight: ``velocity``, ``likelihood`` or None; see :func:`losses.prediction_loss`.
+        train_eps: how far training stays from the ends of time; by default 1e-5 on the VP path and
+            1e-3 for noise and score. Velocity on the Linear and GVP paths is finite and ignores it.
+        sample_eps: the same in sampling. It has no default where it matters.
+        time_dist_type: ``uniform`` or ``logit-normal_<mean>_<std>``.
+        time_dist_shift: the time shift, 1 or more; published as ``sqrt(C * H * W / 4096)``.
+
+    Raises:
+        UserError: an option that is not one of these.
+    """
+    path = PATHS[choose("path_type", path_type, tuple(PATHS))]
+    prediction = choose("prediction", prediction, PREDICTIONS)
+    if loss_weight is not None:
+        loss_weight = choose("loss_weight", loss_weight, (*LOSS_WEIGHTS, "none"))
+        loss_weight = None if loss_weight == "none" else loss_weight
+    for option, eps in (("train_eps", train_eps), ("sample_eps", sample_eps)):
+        if eps is not None and not 0 <= eps < 0.5:
+            raise UserError(f"{option}: {eps!r} given; it is at least 0 and below 0.5")
+    if not (math.isfinite(time_dist_shift) and time_dist_shift >= 1):
+        raise UserError(f"time_dist_shift: {time_dist_shift!r} given; it is 1 or more")
+    if path.name == "VP":
+        train_eps = 1e-5 if train_eps is None else train_eps
+    elif prediction == "velocity":
+        train_eps = sample_eps = 0.0
+    else:
+        train_eps = 1e-3 if train_eps is None else train_eps
+    return Transport(
+        path=path,
+        prediction=prediction,
+        loss_weight=loss_weight,
+        train_eps=train_eps,
+        sample_eps=sample_eps,
+        time_distribution=parse_time_distribution(time_dist_type),
+        time_dist_shift=float(time_dist_shift),
+    )

@@ -1,0 +1,78 @@
+"""When a network is asked: the time shift, the training distribution of t, the sampling grid."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rae_xla.errors import UserError
+
+
+def shift_time(t: Tensor, shift: float) -> Tensor:
+    """Move times towards noise: ``shift * t / (1 + (shift - 1) * t)``, which keeps 0 and 1.
+
+    Larger latents need more noise to hide the same content, so ``shift`` grows with the square root
+    of their size (Esser et al., 2024, section 5.3.2; RAE uses ``sqrt(C * H * W / 4096)``).
+    """
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def time_grid(interval: tuple[float, float], num_steps: int, shift: float) -> Tensor:
+    """``num_steps`` decreasing times, float32 on the host, from noise towards data.
+
+    The grid is evenly spaced over one minus ``interval``, and then shifted.
+    """
+    return shift_time(1 - torch.linspace(*interval, num_steps), shift)
+
+
+@dataclass(frozen=True)
+class TimeDistribution:
+    """The distribution training draws its (unshifted) times from.
+
+    ``logit_normal`` is None for the uniform distribution, and else the mean and the standard
+    deviation of ``logit(t)``; it is truncated to the training interval, so that no mass piles up
+    at its ends.
+    """
+
+    logit_normal: tuple[float, float] | None = None
+
+    def sample(self, u: Tensor, interval: tuple[float, float]) -> Tensor:
+        """Turn uniform draws ``u`` in [0, 1) into times in ``interval`` (inverse transform)."""
+        low, high = interval
+        if self.logit_normal is None:
+            return u * (high - low) + low
+        mean, std = self.logit_normal
+        p_low, p_high = (_normal_cdf((_logit(t) - mean) / std) for t in interval)
+        p = p_low + (p_high - p_low) * u
+        z = math.sqrt(2) * torch.erfinv(2 * p - 1)
+        return torch.sigmoid(mean + std * z).clamp(low, high)
+
+
+def parse_time_distribution(name: str) -> TimeDistribution:
+    """Read ``uniform`` or ``logit-normal_<mean>_<std>``.
+
+    Raises:
+        UserError: the name is neither, or the standard deviation is not positive.
+    """
+    if name == "uniform":
+        return TimeDistribution()
+    number = r"([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)"
+    match = re.fullmatch(f"logit-normal_{number}_{number}", str(name))
+    if match is None or float(match[2]) <= 0:
+        raise UserError(
+            f"time_dist_type: {name!r} is not a time distribution; give 'uniform' or "
+            "'logit-normal_<mean>_<std>' with std > 0, such as 'logit-normal_0_1'"
+        )
+    return TimeDistribution((float(match[1]), float(match[2])))
+
+
+def _logit(p: float) -> float:
+    return math.log(p / (1 - p)) if p > 0 else -math.inf
+
+
+def _normal_cdf(x: float) -> float:
+    return 0.5 * (1 + math.erf(x / math.sqrt(2)))
