@@ -225,15 +225,17 @@ def _check_guide(
 
 def _check_time(config: RunConfig, origin: Origin) -> None:
     misc = config.misc
-    if misc.latent_size and misc.time_dist_shift_dim != math.prod(misc.latent_size):
+    dim = math.prod(misc.latent_size) if misc.latent_size else misc.time_dist_shift_dim
+    if misc.time_dist_shift_dim != dim:
         _refuse(
             "misc.time_dist_shift_dim",
             origin,
-            f"{misc.time_dist_shift_dim}, but misc.latent_size {list(misc.latent_size)} has"
-            f" {math.prod(misc.latent_size)} elements. Leave it out; for another shift, which is"
-            " sqrt(dim / base), set misc.time_dist_shift_base",
+            f"{misc.time_dist_shift_dim}, but misc.latent_size {list(misc.latent_size or ())} has"
+            f" {dim} elements. Leave it out; another shift, which is sqrt(dim / base), is chosen by"
+            f" the base: for {config.time_dist_shift:.4g} write misc.time_dist_shift_base:"
+            f" {(dim or 0) / config.time_dist_shift**2:.6g}",
         )
-    if config.time_dist_shift < 1:
+    if config.stage_2 and config.time_dist_shift < 1:
         _refuse(
             "misc.time_dist_shift_base",
             origin,

@@ -39,7 +39,9 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     """
     file = {} if path is None else add_present_names(_read(Path(path)))
     changes = add_present_names(_parse(overrides))
-    origin = Origin(None if path is None else str(path), frozenset(_keys(changes)))
+    origin = Origin(
+        None if path is None else str(path), frozenset(_keys(file)), frozenset(_keys(changes))
+    )
     given = drop_older_names(_merge(file, changes, origin))
     _refuse_impossible(given, origin)
     _refuse_hidden_rate(given, origin)

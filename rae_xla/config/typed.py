@@ -19,12 +19,21 @@ class Origin:
     """Where each key's value was written, for messages."""
 
     file: str | None = None
+    written: frozenset[str] = frozenset()
     overridden: frozenset[str] = frozenset()
 
     def of(self, key: str) -> str:
         """``on the command line``, or ``in FILE``."""
-        changed = any(key == k or key.startswith(k + ".") for k in self.overridden)
-        return f"in {self.file}" if self.file and not changed else "on the command line"
+        in_an_override = any(_within(key, o) for o in self.overridden)
+        above_overrides = any(_within(o, key) for o in self.overridden)
+        in_the_file = any(_within(k, key) for k in self.written)
+        if not self.file or in_an_override or (above_overrides and not in_the_file):
+            return "on the command line"
+        return f"in {self.file}"
+
+
+def _within(key: str, section: str) -> bool:
+    return key == section or key.startswith(section + ".")
 
 
 def build(schema: type[T], values: Any, origin: Origin, prefix: str = "") -> T:
@@ -160,4 +169,5 @@ def expected(hint: Any) -> str:
 
 def _wrong(key: str, wanted: str, got: Any, origin: Origin) -> str:
     kind = "null" if got is None else f"{got!r} ({type(got).__name__})"
-    return f"{key} ({origin.of(key)}): expected {wanted}, got {kind}"
+    quote = "; write it in quotes" if wanted.startswith("text") and got is not None else ""
+    return f"{key} ({origin.of(key)}): expected {wanted}, got {kind}{quote}"
