@@ -175,6 +175,14 @@ def test_older_spellings_of_the_optimizer(write):
     assert "AdamW is the only" in refusal(write("training: {optimizer: {type: sgd}}"))
 
 
+def test_older_spellings_that_disagree(write):
+    path = write("training: {warmup_epochs: 5, decay_start_epoch: 40}")
+    assert refusal(path) == (
+        f"training.warmup_epochs: 5 and training.decay_start_epoch: 40 (in {path}) both mean"
+        " training.scheduler.warmup_epochs: keep one"
+    )
+
+
 # Where values come from
 
 

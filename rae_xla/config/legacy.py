@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from rae_xla.errors import UserError
+
 Tree = dict[str, Any]
 
 # Older key -> the keys that say it now. Dashes have become underscores before this is read.
@@ -49,18 +51,28 @@ for _part in ("training", "gan.disc"):
 _DROPPED = ("cmd_args", "experiment_dir", "checkpoint_dir")
 
 
-def add_present_names(tree: Tree) -> Tree:
+def add_present_names(tree: Tree, where: str) -> Tree:
     """Dashes in keys become underscores, and each older key's value is added under its new name.
 
     The older keys stay, for ``${training.base_lr}`` to find, until :func:`drop_older_names`.
+
+    Raises:
+        UserError: two older keys of one meaning have different values; ``where`` they stand.
     """
     tree = _without_dashes(tree)
+    said: dict[str, tuple[str, Any]] = {}
     for old, new_names in _MOVED.items():
         holder, leaf = _parent(tree, old)
         if leaf not in holder:
             continue
+        value = holder[leaf]
         for new in new_names:
-            _set_default(tree, new, holder[leaf])
+            other, its = said.setdefault(new, (old, value))
+            if its != value:
+                raise UserError(
+                    f"{other}: {its} and {old}: {value} ({where}) both mean {new}: keep one"
+                )
+            _set_default(tree, new, value)
     return tree
 
 

@@ -37,8 +37,8 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         UserError: a missing or malformed file, an unknown key, a wrong type, or settings that
             contradict each other.
     """
-    file = {} if path is None else add_present_names(_read(Path(path)))
-    changes = add_present_names(_parse(overrides))
+    file = {} if path is None else add_present_names(_read(Path(path)), f"in {path}")
+    changes = add_present_names(_parse(overrides), "on the command line")
     origin = Origin(
         None if path is None else str(path), frozenset(_keys(file)), frozenset(_keys(changes))
     )
