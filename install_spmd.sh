@@ -110,7 +110,7 @@ log=$venv/install.log
 if command -v uv >/dev/null; then
     say "installer: uv"
     work "environment" uv venv --allow-existing --python "$python" "$venv"
-    install=(uv pip install --python "$venv/bin/python" --constraints requirements.lock)
+    install=(uv pip install --python "$venv/bin/python" --constraints requirements.lock --compile-bytecode)
 else
     say "installer: pip"
     work "environment" make_venv "$python" "$venv"

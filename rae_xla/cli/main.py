@@ -1,0 +1,90 @@
+"""``rae-xla VERB ...``: find the verb, read its arguments, run it, say what went wrong."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+
+import rae_xla
+from rae_xla.errors import UserError
+
+# A verb's module is imported when the verb is used: `rae-xla --help` needs no torch.
+# It has `add_arguments(parser)` and `run(args) -> int`, the exit status.
+VERBS = {
+    "shards": "write a data set as shards, or verify shards",
+    "train": "train an autoencoder (stage1) or a diffusion transformer (stage2)",
+    "stats": "mean and variance of a data set's latents",
+    "sample": "draw images from a trained diffusion transformer",
+    "reconstruct": "send images through an autoencoder and back",
+    "export": "write a trained model as files of the published layout",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status (2: the user can put it right)."""
+    try:
+        status = run(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
+    except UserError as error:
+        print(f"rae-xla: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("rae-xla: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        # The reader (`| head`) has seen enough. Keep Python's own last flush from complaining.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    return status
+
+
+def run(argv: Sequence[str]) -> int:
+    """Parse ``argv`` and run its verb; errors are the caller's."""
+    parser = main_parser()
+    verb = parser.parse_args(argv[:1]).verb
+    if verb is None:
+        parser.print_help()
+        return 2
+    return verb_module(verb).run(parse_verb(verb, argv[1:]))
+
+
+def main_parser() -> argparse.ArgumentParser:
+    """The parser of what stands before the verb's own arguments."""
+    width = max(map(len, VERBS)) + 2
+    parser = argparse.ArgumentParser(
+        prog="rae-xla",
+        usage="rae-xla VERB ...",
+        description=rae_xla.__doc__,
+        epilog="verbs:\n"
+        + "".join(f"  {verb:<{width}}{about}\n" for verb, about in VERBS.items())
+        + "\n`rae-xla VERB --help` tells more.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=rae_xla.__version__)
+    parser.add_argument("verb", nargs="?", metavar="VERB", help=argparse.SUPPRESS)
+    return parser
+
+
+def parse_verb(verb: str, argv: Sequence[str]) -> argparse.Namespace:
+    """Read a verb's own arguments, with ``key=value`` settings before or after the options."""
+    parser = argparse.ArgumentParser(prog=f"rae-xla {verb}", description=VERBS[verb])
+    verb_module(verb).add_arguments(parser)
+    try:
+        return parser.parse_intermixed_args(argv)
+    except TypeError:  # argparse cannot intermix what has commands of its own, as shards has
+        return parser.parse_args(argv)
+
+
+def verb_module(verb: str) -> ModuleType:
+    """The module of a verb; raises ``UserError`` if there is no such verb."""
+    if verb not in VERBS:
+        near = difflib.get_close_matches(verb, VERBS, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(VERBS)}"
+        raise UserError(f"unknown verb '{verb}': {hint} (rae-xla --help)")
+    return importlib.import_module(f"rae_xla.cli.{verb}")
