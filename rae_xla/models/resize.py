@@ -8,6 +8,7 @@ folds them to constants.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -75,10 +76,15 @@ def _resize(images: Tensor, size: tuple[int, int] | int, kernel: Kernel, first_t
     height, width = (size, size) if isinstance(size, int) else size
     source_height, source_width = images.shape[-2:]
     device = images.device
-    with torch.autocast(device.type, enabled=False):
+    with _full_precision(device.type):
         result = images.float()
         if source_height != height:
             result = _matrix(source_height, height, kernel, first_tap, device) @ result
         if source_width != width:
             result = result @ _matrix(source_width, width, kernel, first_tap, device).T
     return result.to(images.dtype)
+
+
+def _full_precision(device_type: str) -> AbstractContextManager[object]:
+    """Switch autocast off; the meta device has none to switch."""
+    return nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False)
