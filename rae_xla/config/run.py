@@ -30,7 +30,8 @@ from rae_xla.config.targets import full_name
 
 # What may change from one start of a run to the next without making it another run: where it
 # computes, what it reports and when it saves. Every other key is part of its mathematics.
-# `epochs` and `steps` are here because going on for longer changes no step already taken.
+# `epochs` and `steps` are here because going on for longer changes no step already taken;
+# `data.train` because shards may move: what they hold has a fingerprint of its own.
 _NOT_IDENTITY: tuple[str, ...] = (
     "sampler",
     "guidance",
@@ -38,6 +39,7 @@ _NOT_IDENTITY: tuple[str, ...] = (
     "mesh",
     "checkpoint",
     "tracking",
+    "data.train",
     "data.val",
     "data.num_workers",
     "data.prefetch",

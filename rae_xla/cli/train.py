@@ -1,0 +1,47 @@
+"""``rae-xla train stage1|stage2``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from rae_xla.cli.options import add_config, read_config
+from rae_xla.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("stage", choices=("stage1", "stage2"), help="decoder or diffusion model")
+    add_config(parser)
+    parser.add_argument(
+        "--results-dir",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="the run's folder; started again, the run goes on where it stopped",
+    )
+    parser.add_argument("--data", metavar="SHARDS", help="training shards (data.train)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train until the configured end."""
+    extra = [f"data.train={args.data}"] if args.data else []
+    config = read_config(args, *extra)
+    if config.data.train is None:
+        raise UserError("no training data: give --data SHARDS or data.train=SHARDS")
+
+    from rae_xla.data.shards import open_index
+    from rae_xla.runtime import start
+    from rae_xla.train.folder import claim_folder
+    from rae_xla.train.loop import train
+    from rae_xla.train.stage1 import make_stage1
+    from rae_xla.train.stage2 import make_stage2
+
+    index = open_index(config.data.train)
+    claim_folder(args.results_dir, config, index.fingerprint)
+    runtime = start(config.runtime, config.mesh, seed=config.training.global_seed)
+    make_stage = make_stage1 if args.stage == "stage1" else make_stage2
+    checkpoint = train(config, runtime, index, make_stage, args.results_dir)
+    if runtime.process_index == 0:
+        print(f"checkpoint: {checkpoint}")
+    return 0

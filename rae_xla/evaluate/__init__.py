@@ -1,0 +1,1 @@
+"""Measuring what a model makes, and the latents it makes it from."""

@@ -1,0 +1,75 @@
+"""Exact mean and variance of an encoder's latents, element by element."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rae_xla.models.rae import RAE
+from rae_xla.runtime import Batch, Runtime
+from rae_xla.sample.pictures import to_unit
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Count, mean and sum of squared deviations of samples, in float64.
+
+    Two of them merge without cancellation (Chan, Golub and LeVeque 1983), so the result does not
+    depend on how the samples were batched by more than rounding.
+    """
+
+    count: float
+    mean: Tensor
+    squares: Tensor
+
+    def merge(self, other: Moments) -> Moments:
+        """The moments of both sets of samples together."""
+        count = self.count + other.count
+        if count == 0:
+            return self
+        delta = other.mean - self.mean
+        return Moments(
+            count,
+            self.mean + delta * (other.count / count),
+            self.squares + other.squares + delta**2 * (self.count * other.count / count),
+        )
+
+    @property
+    def variance(self) -> Tensor:
+        """Population variance."""
+        return self.squares / self.count
+
+
+def latent_moments(rae: RAE, runtime: Runtime, batches: Iterable[Mapping[str, Tensor]]) -> Moments:
+    """Encode every image once and gather the moments of its latents.
+
+    Args:
+        rae: placed, without latent statistics of its own, so that raw latents are measured.
+        runtime: where it is. Under SPMD the batch is split over all devices of all hosts and every
+            host gets the moments of the whole batch, so there is nothing left to merge.
+        batches: from ``one_pass``; rows of weight 0 do not count.
+    """
+    rae.eval()
+
+    @runtime.compile
+    def batch_moments(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.no_grad(), runtime.autocast():
+            latents = rae.encode(to_unit(batch["image"])).float()
+        weight = batch["weight"].reshape(-1, *(1 for _ in latents.shape[1:]))
+        count = batch["weight"].sum()
+        mean = (latents * weight).sum(0) / count
+        return count, mean, ((latents - mean) ** 2 * weight).sum(0)
+
+    total: Moments | None = None
+    wanted = ("image", "weight")
+    for batch in runtime.feed({k: b[k] for k in wanted} for b in batches):
+        host = runtime.to_host(
+            dict(zip(("n", "mean", "squares"), batch_moments(batch), strict=True))
+        )
+        part = Moments(host["n"].item(), host["mean"].double(), host["squares"].double())
+        total = part if total is None else total.merge(part)
+    assert total is not None, "a data set has at least one batch"
+    return total

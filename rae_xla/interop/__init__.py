@@ -1,0 +1,1 @@
+"""Weights in and out: published files, training checkpoints, other tools."""

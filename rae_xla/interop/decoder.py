@@ -1,0 +1,45 @@
+"""The decoder alone, as ``pretrained_decoder_path`` and the published tools read it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from rae_xla.errors import UserError
+from rae_xla.models.weights import read_weight_file
+
+PREFIX = "decoder."
+
+
+def export_decoder(checkpoint: Path, out: Path, weights: str = "ema") -> int:
+    """Take the decoder out of a stage-1 checkpoint (ours or the reference's).
+
+    Args:
+        checkpoint: a training checkpoint, or a whole RAE's state dict.
+        out: where the bare state dict goes (torch file).
+        weights: ``ema`` or ``model``.
+
+    Returns:
+        The number of parameters written.
+
+    Raises:
+        UserError: when the checkpoint holds no such weights or no decoder.
+    """
+    content = read_weight_file(checkpoint, "checkpoint")
+    if "model" in content and "step" in content:
+        if weights not in content:
+            raise UserError(f"{checkpoint} has no {weights!r} weights")
+        content = content[weights]
+    state = {
+        name.removeprefix(PREFIX): tensor.contiguous()
+        for name, tensor in content.items()
+        if name.startswith(PREFIX) and isinstance(tensor, torch.Tensor)
+    }
+    if not state:
+        raise UserError(f"{checkpoint} holds no decoder: none of its names starts with {PREFIX!r}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = out.with_name(out.name + ".unfinished")
+    torch.save(state, unfinished)
+    unfinished.replace(out)
+    return sum(tensor.numel() for tensor in state.values())

@@ -1,0 +1,147 @@
+"""The XLA backend: one SPMD program over every chip of a TPU pod, or over virtual CPU devices."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch_xla
+import torch_xla.backends
+import torch_xla.core.xla_model as xm
+import torch_xla.debug.metrics as met
+import torch_xla.distributed.spmd as xs
+import torch_xla.runtime as xr
+from torch import Tensor, nn
+from torch_xla._internal import tpu
+
+from rae_xla.runtime.interface import Batch, Fn
+from rae_xla.runtime.mesh import AXES, resolve_mesh
+from rae_xla.runtime.sharding import FSDP_RULES, PartitionSpec, partition_spec
+
+# Printed by XLA once per compilation; nothing a user can act on.
+warnings.filterwarnings("ignore", message=".*Shardy.*")
+warnings.filterwarnings("ignore", message=".*lr scheduler.*")
+
+
+def on_tpu() -> bool:
+    """Whether this machine has TPU chips."""
+    return tpu.num_available_chips() > 0
+
+
+class XLARuntime:
+    """See ``Runtime``. Must be made before anything else touches an XLA device."""
+
+    backend = "xla"
+
+    def __init__(
+        self,
+        *,
+        data: int,
+        fsdp: int,
+        precision: str,
+        seed: int,
+        devices: int | None,
+        compile_cache: str | None,
+    ) -> None:
+        if not on_tpu():
+            os.environ.setdefault("PJRT_DEVICE", "CPU")
+            if devices is not None:
+                os.environ["CPU_NUM_DEVICES"] = str(devices)
+        if compile_cache:
+            xr.initialize_cache(compile_cache, readonly=False)
+        xr.use_spmd()
+        self.device = torch_xla.device()
+        self.process_index = xr.process_index()
+        self.process_count = xr.process_count()
+        count = xr.global_runtime_device_count()
+        self.mesh = resolve_mesh(data, fsdp, count)
+        self._mesh = xs.Mesh(np.arange(count), (self.mesh.data, self.mesh.fsdp), AXES)
+        xs.set_global_mesh(self._mesh)
+        self._precision = precision
+        if precision == "fp32":  # a TPU's default is one bf16 pass
+            torch_xla.backends.set_mat_mul_precision("highest")
+        self.description = (
+            f"{count} XLA devices ({xr.device_type()}), mesh data={self.mesh.data} x "
+            f"fsdp={self.mesh.fsdp}, {precision}"
+        )
+        torch.manual_seed(seed)
+
+    def _send(self, host: Tensor, spec: PartitionSpec | tuple[Any, ...], *, rows: bool) -> Tensor:
+        """One transfer straight to the shards: no device ever holds the whole tensor."""
+        sharding = None
+        if any(spec):
+            minibatch = rows and self.process_count > 1
+            sharding = xs.ShardingSpec(self._mesh, spec, minibatch=minibatch)
+        [placed] = cast("list[Tensor]", xm.send_cpu_data_to_device([host], self.device, sharding))
+        return placed
+
+    def place(self, module: nn.Module) -> nn.Module:
+        """Replace parameters and buffers by sharded ones on the devices."""
+        parameters = {name: p.detach() for name, p in module.named_parameters()}
+        placed = self.place_tensors(parameters)
+        for prefix, child in module.named_modules():
+            for name, parameter in list(child.named_parameters(recurse=False)):
+                tensor = placed[f"{prefix}.{name}" if prefix else name]
+                child.register_parameter(
+                    name, nn.Parameter(tensor, requires_grad=parameter.requires_grad)
+                )
+            for name, buffer in list(child.named_buffers(recurse=False)):
+                child._buffers[name] = self._send(buffer, (), rows=False)
+        return module
+
+    def place_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Send host tensors, split by the sharding rules of the names they are given under."""
+        sizes = {"data": self.mesh.data, "fsdp": self.mesh.fsdp}
+        return {
+            name: self._send(
+                tensor, partition_spec(name, tensor.shape, FSDP_RULES, sizes), rows=False
+            )
+            for name, tensor in tensors.items()
+        }
+
+    def put(self, batch: Mapping[str, Tensor]) -> Batch:
+        """Send this process's rows; together the processes make the global batch."""
+        return {
+            name: self._send(t, (AXES, *(None,) * (t.dim() - 1)) if t.dim() else (), rows=True)
+            for name, t in batch.items()
+        }
+
+    def feed(self, batches: Iterable[Mapping[str, Tensor]]) -> Iterator[Batch]:
+        """Batches on the devices. Steps run asynchronously, so a batch is sent while the step
+        before it still computes.
+        """
+        for batch in batches:
+            yield self.put(batch)
+
+    def compile(self, fn: Fn) -> Fn:
+        """One graph per call; a graph break is an error."""
+        return torch_xla.compile(fn, full_graph=True)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """bf16 autocast, or nothing."""
+        if self._precision == "bf16":
+            return torch.autocast("xla", dtype=torch.bfloat16)
+        return nullcontext()
+
+    def to_host(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Gather every tensor to the host."""
+        return {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+
+    def synchronize(self) -> None:
+        """Wait for the devices."""
+        torch_xla.sync()
+        xm.wait_device_ops()
+
+    def compilations(self) -> int:
+        """How many graphs XLA has compiled."""
+        data = met.metric_data("CompileTime")
+        return int(data[0]) if data else 0
+
+    def fallbacks(self) -> dict[str, int]:
+        """The ``aten::`` counters: operations without a lowering."""
+        return {n: met.counter_value(n) for n in met.counter_names() if n.startswith("aten::")}

@@ -1,0 +1,86 @@
+"""One optimizer step as one function of a batch: the function that is compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rae_xla.runtime import Batch
+from rae_xla.runtime.random import Draws
+from rae_xla.train.state import TrainState, update_ema
+
+LossFn = Callable[[Batch, Draws], Tensor]
+"""Per-sample losses (rows,) of a batch, given the draws of its rows."""
+
+METRICS = ("train/loss", "train/grad_norm")
+"""What the vector returned by a train step holds."""
+
+
+def make_train_step(
+    loss_fn: LossFn,
+    state: TrainState,
+    *,
+    seed: int,
+    ema_decay: float,
+    clip_grad: float | None,
+    accumulate: int,
+    autocast: Callable[[], AbstractContextManager[Any]],
+) -> Callable[[Batch], Tensor]:
+    """Build the step: draws, forward, loss, backward, clip, AdamW, EMA.
+
+    Args:
+        loss_fn: per-sample losses of a batch.
+        state: what the step updates in place.
+        seed: of the run; with the step and the row it determines every draw.
+        ema_decay: of the moving average.
+        clip_grad: largest L2 norm of the whole gradient; None or 0 leaves it as it is.
+        accumulate: parts the batch is worked through in. The gradient is the mean over the whole
+            batch, so the result is that of one part up to rounding.
+        autocast: the precision context of forward and loss.
+
+    Returns:
+        ``step(batch) -> metrics``; the batch carries, beside its data, ``row`` (rows,) int32,
+        ``step`` 0-d int32 and ``lr`` 0-d float32; metrics is a vector, see ``METRICS``.
+    """
+    trained = list(state.trained().values())
+
+    def step(batch: Batch) -> Tensor:
+        state.optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=batch["row"].device)
+        for part in split_batch(batch, accumulate):
+            with autocast():
+                losses = loss_fn(part, Draws(seed, part["step"], part["row"]))
+            loss = losses.float().mean() / accumulate
+            loss.backward()
+            total = total + loss.detach()
+        grads = [p.grad for p in trained if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads, foreach=False)
+        if clip_grad:
+            torch.nn.utils.clip_grads_with_norm_(trained, clip_grad, norm, foreach=False)
+        state.optimizer.param_groups[0]["lr"] = batch["lr"]
+        state.optimizer.step()
+        update_ema(state.ema, state.model, ema_decay)
+        return torch.stack([total, norm.detach()])
+
+    return step
+
+
+def split_batch(batch: Batch, parts: int) -> list[Batch]:
+    """Split a batch into equal parts, every ``parts``-th row to the same one.
+
+    Rows next to each other live on the same device, so with this split every device keeps an equal
+    share of every part and nothing moves.
+    """
+    if parts == 1:
+        return [batch]
+    return [
+        {
+            name: t.reshape(-1, parts, *t.shape[1:])[:, i] if t.dim() else t
+            for name, t in batch.items()
+        }
+        for i in range(parts)
+    ]

@@ -1,0 +1,134 @@
+"""Where a run's figures go: ``metrics.jsonl`` always, the console, and wandb when asked for."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from rae_xla.sample.pictures import Pixels, save_png
+
+if TYPE_CHECKING:
+    from rae_xla.config import RunConfig
+
+
+class Tracker:
+    """Writes figures and pictures of one run. Only process 0 makes one."""
+
+    def __init__(self, folder: Path, config: RunConfig, *, start: int, total: int) -> None:
+        """Open the run's files; on a resume, drop the lines of steps that will run again."""
+        self._folder = folder
+        path = folder / "metrics.jsonl"
+        _drop_lines_after(path, start)
+        self._file = path.open("a", encoding="utf-8")
+        self._bar = tqdm(
+            total=total, initial=start, unit="step", dynamic_ncols=True, disable=not _interactive()
+        )
+        self._wandb = _start_wandb(folder, config) if config.tracking.wandb else None
+
+    def advance(self) -> None:
+        """One step more on the progress bar."""
+        self._bar.update()
+
+    def say(self, line: str) -> None:
+        """Print a line without breaking the progress bar."""
+        tqdm.write(line, file=sys.stderr)
+
+    def log(self, step: int, figures: Mapping[str, float]) -> None:
+        """Record figures under their names (``train/loss``, ``perf/step_time`` ...)."""
+        line = {"step": step, **figures}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        self.say(_console_line(step, figures))
+        self._to_wandb(dict(figures), step)
+
+    def images(self, step: int, name: str, grid: Pixels) -> Path:
+        """Save an (H, W, 3) uint8 picture as ``samples/<name>-<step>.png``."""
+        path = self._folder / "samples" / f"{name}-{step:08d}.png"
+        path.parent.mkdir(exist_ok=True)
+        save_png(path, grid)
+        if self._wandb is not None:
+            import wandb
+
+            self._to_wandb({f"samples/{name}": wandb.Image(str(path))}, step)
+        return path
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Flush and close everything."""
+        self._bar.close()
+        self._file.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def _to_wandb(self, content: dict[str, Any], step: int) -> None:
+        """Hand over to wandb; its troubles are told once and never stop the training."""
+        if self._wandb is None:
+            return
+        try:
+            self._wandb.log(content, step=step)
+        except Exception as error:
+            self.say(f"wandb: {error}; going on without it (metrics.jsonl has everything)")
+            self._wandb = None
+
+
+def _interactive() -> bool:
+    return sys.stderr.isatty()
+
+
+def _console_line(step: int, figures: Mapping[str, float]) -> str:
+    shown = {name.split("/", 1)[-1]: value for name, value in figures.items()}
+    return f"step {step:>7d}  " + "  ".join(f"{k} {v:.4g}" for k, v in shown.items())
+
+
+def _drop_lines_after(path: Path, step: int) -> None:
+    """Keep the lines up to ``step``; a line cut short by a kill goes too."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (json.JSONDecodeError, KeyError):
+            continue
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    unfinished.replace(path)
+
+
+def _start_wandb(folder: Path, config: RunConfig) -> Any:
+    """A wandb run tied to the results folder, so that a resumed run continues the same curves."""
+    try:
+        import wandb
+
+        if key := os.environ.get("WANDB_KEY"):
+            os.environ.setdefault("WANDB_API_KEY", key)
+        id_file = folder / "wandb_id"
+        if not id_file.exists():
+            id_file.write_text(uuid.uuid4().hex[:8])
+        return wandb.init(
+            project=config.tracking.project or os.environ.get("PROJECT") or "rae_xla",
+            entity=config.tracking.entity or os.environ.get("ENTITY"),
+            name=config.tracking.name or folder.name,
+            id=id_file.read_text().strip(),
+            resume="allow",
+            dir=str(folder),
+            config=config.to_dict(),
+        )
+    except Exception as error:
+        print(
+            f"wandb: {error}; going on without it (metrics.jsonl has everything)", file=sys.stderr
+        )
+        return None

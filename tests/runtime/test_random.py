@@ -1,0 +1,59 @@
+"""The counter-based generator: published answers, statistics, independence of the batch split."""
+
+import pytest
+import torch
+
+from rae_xla.runtime.random import Draws, _int32, threefry
+
+# Known answers of Threefry-2x32 with 20 rounds, from the Random123 distribution of its authors.
+KNOWN = [
+    ((0, 0), (0, 0), (0x6B200159, 0x99BA4EFE)),
+    ((0xFFFFFFFF, 0xFFFFFFFF), (0xFFFFFFFF, 0xFFFFFFFF), (0x1CB996FC, 0xBB002BE7)),
+    ((0x13198A2E, 0x03707344), (0x243F6A88, 0x85A308D3), (0xC4923A9C, 0x483DF7A0)),
+]
+
+
+@pytest.mark.parametrize(("key", "counter", "expected"), KNOWN)
+def test_threefry_gives_the_published_answers(key, counter, expected):
+    words = tuple(_int32(w) for w in key)
+    counts = tuple(torch.tensor([_int32(c)], dtype=torch.int32) for c in counter)
+    assert [int(w) & 0xFFFFFFFF for w in threefry(words, counts)] == list(expected)
+
+
+def draws(rows, step=3, seed=11):
+    return Draws(seed, torch.tensor(step, dtype=torch.int32), torch.as_tensor(rows).int())
+
+
+def test_a_row_does_not_depend_on_the_rows_beside_it():
+    whole = draws(range(8)).normal("noise", (3, 4, 5))
+    part = draws([5, 2]).normal("noise", (3, 4, 5))
+    torch.testing.assert_close(part, whole[[5, 2]], rtol=0, atol=0)
+
+
+def test_seed_step_purpose_and_row_all_matter():
+    base = draws([0, 1]).uniform("time", (64,))
+    others = [
+        draws([0, 1], seed=12).uniform("time", (64,)),
+        draws([0, 1], seed=11 + (1 << 32)).uniform("time", (64,)),
+        draws([0, 1], step=4).uniform("time", (64,)),
+        draws([0, 1]).uniform("label", (64,)),
+        draws([2, 3]).uniform("time", (64,)),
+    ]
+    for other in others:
+        assert not torch.isin(other, base).any()
+
+
+def test_draws_are_uniform_and_normal():
+    uniform = draws(range(200)).uniform("u", (1000,)).double()
+    assert uniform.min() >= 0
+    assert uniform.max() < 1
+    counts = torch.histc(uniform, bins=100, min=0, max=1)
+    # chi-squared with 99 degrees of freedom: mean 99, standard deviation 14
+    assert (((counts - 2000) ** 2) / 2000).sum() < 99 + 5 * 14
+    normal = draws(range(200)).normal("n", (1001,)).double()
+    n = normal.numel()
+    assert abs(normal.mean()) < 5 / n**0.5
+    assert abs(normal.var() - 1) < 5 * (2 / n) ** 0.5
+    assert abs((normal**4).mean() - 3) < 5 * (96 / n) ** 0.5
+    pairs = torch.corrcoef(normal[:, :1000].reshape(-1, 2).T)
+    assert abs(pairs[0, 1]) < 5 / (n / 2) ** 0.5
