@@ -1,0 +1,142 @@
+"""Threads and processes end when the stream does, however it ends."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from itertools import count, islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rae_xla.data.prefetch import in_processes, in_thread
+from rae_xla.errors import UserError
+
+
+class CountingRows:
+    """Rows that are cheap to make; module-level, so that they pickle."""
+
+    def __init__(self, broken_step: int = -1, error: type[Exception] = UserError) -> None:
+        self.broken_step, self.error = broken_step, error
+
+    def __call__(self, step: int, first: int, last: int) -> dict[str, np.ndarray]:
+        if step == self.broken_step:
+            raise self.error(f"step {step} is broken")
+        numbers = step * 100 + np.arange(first, last)
+        return {"x": numbers, "picture": np.repeat(numbers, 12).astype(np.uint8).reshape(-1, 3, 4)}
+
+
+def _made(kind, rows, steps, first=4, last=11, ahead=2):
+    if kind == "thread":
+        return in_thread(rows, steps, first, last, ahead)
+    return in_processes(rows, steps, first, last, ahead, 2)
+
+
+def _wait_until(condition) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("kind", ["thread", "processes"])
+@pytest.mark.parametrize("steps", [0, 1, 2, 3, 9])
+def test_every_step_once_in_order(kind, steps):
+    made = [{k: v.copy() for k, v in b.items()} for b in _made(kind, ROWS, iter(range(steps)))]
+    assert len(made) == steps
+    for step, batch in enumerate(made):
+        expected = ROWS(step, 4, 11)
+        assert batch.keys() == expected.keys()
+        for name in expected:
+            np.testing.assert_array_equal(batch[name], expected[name])
+            assert batch[name].dtype == expected[name].dtype
+
+
+ROWS = CountingRows()
+
+
+def test_the_batch_in_use_is_not_written_over():
+    batches = _made("processes", ROWS, count(), ahead=3)
+    for step in range(8):
+        batch = next(batches)
+        time.sleep(0.02)
+        np.testing.assert_array_equal(batch["x"], step * 100 + np.arange(4, 11))
+    batches.close()
+
+
+@pytest.mark.parametrize("kind", ["thread", "processes"])
+def test_an_error_comes_in_its_turn_and_ends_everything(kind):
+    batches = _made(kind, CountingRows(broken_step=3), count())
+    for _ in range(3):
+        next(batches)
+    with pytest.raises(UserError, match=r"^step 3 is broken$"):
+        next(batches)
+    assert multiprocessing.active_children() == []
+
+
+def test_a_bug_in_a_worker_comes_with_its_traceback():
+    batches = _made("processes", CountingRows(broken_step=1, error=KeyError), count())
+    next(batches)
+    with pytest.raises(RuntimeError, match=r"(?s)Traceback.*in __call__.*step 1 is broken"):
+        next(batches)
+
+
+def test_a_worker_that_dies_is_one_error():
+    batches = _made("processes", ROWS, count())
+    next(batches)
+    os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+    with pytest.raises(UserError, match="a data worker process died"):
+        list(islice(batches, 10))
+    assert multiprocessing.active_children() == []
+
+
+SCRIPT = """
+import time
+from itertools import count
+from multiprocessing import active_children
+from test_prefetch import ROWS
+from rae_xla.data.prefetch import in_processes
+
+if __name__ == "__main__":
+    batches = in_processes(ROWS, count(), 0, 8, 2, 2)
+    next(batches)
+    print(*(child.pid for child in active_children()), flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_workers_end_when_the_main_process_does(tmp_path, number):
+    (tmp_path / "main.py").write_text(SCRIPT)
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    main = subprocess.Popen(
+        [sys.executable, tmp_path / "main.py"],
+        env=os.environ | {"PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    workers = [int(pid) for pid in main.stdout.readline().split()]
+    assert len(workers) == 2
+    assert all(Path(f"/proc/{pid}").exists() for pid in workers)
+    main.send_signal(number)
+    main.wait(20)
+    _wait_until(lambda: not any(_is_running(pid) for pid in workers))
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_workers_do_without_torch():
+    """They start faster and weigh less for it; see ``rows``."""
+    code = (
+        "import sys, rae_xla.data.prefetch, rae_xla.data.sources; assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
