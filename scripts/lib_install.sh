@@ -104,7 +104,7 @@ work() {
     # shellcheck disable=SC2064  # this job, not a later one
     trap "kill $job 2>/dev/null || true" EXIT
     while kill -0 "$job" 2>/dev/null; do
-        sleep 0.2
+        sleep 0.1
         if ((SECONDS - begin >= beat)); then
             say "  $name, $beat s: $(tail -n 1 "$log" | cut -c 1-80)"
             beat=$((beat + 15))

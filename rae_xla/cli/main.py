@@ -73,8 +73,9 @@ def main_parser() -> argparse.ArgumentParser:
 
 def parse_verb(verb: str, argv: Sequence[str]) -> argparse.Namespace:
     """Read a verb's own arguments, with ``key=value`` settings before or after the options."""
+    module = verb_module(verb)
     parser = argparse.ArgumentParser(prog=f"rae-xla {verb}", description=VERBS[verb])
-    verb_module(verb).add_arguments(parser)
+    module.add_arguments(parser)
     try:
         return parser.parse_intermixed_args(argv)
     except TypeError:  # argparse cannot intermix what has commands of its own, as shards has

@@ -1,0 +1,355 @@
+"""install_spmd.sh, with small programs in the place of Python, uv and nvidia-smi."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from itertools import chain
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# A Python that knows its version by its name, can make an environment with itself in it, and
+# writes down what it was asked to install.
+PYTHON = """#!/usr/bin/env bash
+case "$1 ${2:-} ${3:-}" in
+    "- "*) # usable_python: which version is wanted, is there uv
+        minor=${0##*python3.}
+        [[ $minor =~ ^1[012]$ && ( -z $2 || $2 == "3.$minor" ) ]] && echo "$0" ;;
+    "-m venv "*)
+        mkdir -p "${!#}/bin" && cp "$0" "${!#}/bin/python" ;;
+    "-m pip install"*)
+        echo "pip $*" >> "$CALLS"
+        [[ ! -e $BREAK ]] || { echo "No space left on device"; exit 1; } ;;
+    --version*) echo "Python 3 of $0" ;;
+    "-c "*) [[ -z $2 ]] || echo "imported" ;;
+esac
+"""
+
+UV = """#!/usr/bin/env bash
+case $1 in
+    python) exit 1 ;;
+    venv) mkdir -p "${!#}/bin" && cp "$4" "${!#}/bin/python" ;;
+    pip) echo "uv $*" >> "$CALLS" ;;
+esac
+"""
+
+
+class Machine:
+    """A home, a PATH and a copy of the project's installer, all under one folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.project = folder / "project"
+        self.bin = folder / "bin"
+        self.calls = folder / "calls"
+        self.broken = folder / "broken"
+        self.bin.mkdir()
+        (self.project / "scripts").mkdir(parents=True)
+        for name in ("install_spmd.sh", "scripts/lib_install.sh", "requirements.lock"):
+            shutil.copy(ROOT / name, self.project / name)
+        shutil.copy(ROOT / "pyproject.toml", self.project)
+        tools = "bash cat cksum cp cut dirname env flock grep ls mkdir rm sleep tail"
+        for tool in tools.split():
+            self.link(tool)
+        self.environment = {
+            "PATH": str(self.bin),
+            "HOME": str(folder),
+            "CALLS": str(self.calls),
+            "BREAK": str(self.broken),
+        }
+
+    def link(self, tool: str) -> None:
+        where = shutil.which(tool)
+        assert where, f"this test needs {tool}"
+        (self.bin / tool).symlink_to(where)
+
+    def program(self, name: str, text: str) -> Path:
+        path = self.bin / name
+        path.write_text(text)
+        path.chmod(0o755)
+        return path
+
+    def shell(self, script: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", script],
+            cwd=self.project,
+            env=self.environment | environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    def install(self, arguments: str = "") -> subprocess.CompletedProcess[str]:
+        """Run it, with `.installed` the packages' line it gave to pip or uv ("" if none)."""
+        self.calls.write_text("")
+        result = self.shell(f"bash install_spmd.sh {arguments}")
+        self.installed = "".join(
+            line for line in self.calls.read_text().splitlines() if "--editable" in line
+        )
+        return result
+
+
+@pytest.fixture
+def machine(tmp_path):
+    machine = Machine(tmp_path)
+    machine.program("python3.11", PYTHON)
+    return machine
+
+
+# ----------------------------------------------------------------------------- what machine
+
+
+def detect(machine: Machine, **environment: str) -> str:
+    root = machine.project / "root"
+    result = machine.shell(f". scripts/lib_install.sh; detect_accelerator {root}", **environment)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+def device(machine: Machine, path: str, text: str = "") -> None:
+    file = machine.project / "root" / path
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
+
+
+def pci(machine: Machine, vendor: str, kind: str) -> None:
+    device(machine, "sys/bus/pci/devices/0000:00:05.0/vendor", vendor + "\n")
+    device(machine, "sys/bus/pci/devices/0000:00:05.0/device", kind + "\n")
+
+
+def test_nothing_special_is_cpu(machine):
+    assert detect(machine) == "cpu"
+
+
+def test_an_early_tpu(machine):
+    device(machine, "dev/accel0")
+    assert detect(machine) == "tpu"
+
+
+def test_another_makers_accelerator_is_no_tpu(machine):
+    device(machine, "dev/accel/accel0")
+    assert detect(machine) == "cpu"
+
+
+def test_a_late_tpu_by_its_pci_id(machine):
+    device(machine, "dev/vfio/0")
+    pci(machine, "0x1ae0", "0x006f")
+    assert detect(machine) == "tpu"
+
+
+@pytest.mark.parametrize(("vendor", "kind"), [("0x1ae0", "0x0042"), ("0x10de", "0x0063")])
+def test_other_devices_under_vfio_are_no_tpu(machine, vendor, kind):
+    device(machine, "dev/vfio/0")
+    pci(machine, vendor, kind)  # Google's network card; another maker's device of a TPU's number
+    assert detect(machine) == "cpu"
+
+
+def test_a_late_tpu_by_its_variables(machine):
+    device(machine, "dev/vfio/0")
+    assert detect(machine, TPU_WORKER_ID="0") == "tpu"
+
+
+def test_an_nvidia_gpu(machine):
+    machine.program("nvidia-smi", "#!/usr/bin/env bash\necho 'GPU 0: H200 (UUID: x)'\n")
+    assert detect(machine) == "cuda"
+
+
+@pytest.mark.parametrize("text", ["exit 9", "echo 'No devices were found'"])
+def test_a_driver_without_a_gpu_is_cpu(machine, text):
+    machine.program("nvidia-smi", f"#!/usr/bin/env bash\n{text}\n")
+    assert detect(machine) == "cpu"
+
+
+# ----------------------------------------------------------------------------- which Python
+
+
+def test_the_newest_suitable_python(machine):
+    for minor in (9, 10, 12, 13):
+        machine.program(f"python3.{minor}", PYTHON)
+    assert f"Python: {machine.bin}/python3.12\n" in machine.install().stdout
+
+
+def test_a_pyenv_version_behind_a_shim_that_does_not_run(machine):
+    machine.program("python3.12", "#!/usr/bin/env bash\nexit 127\n")
+    versions = Path(machine.environment["HOME"]) / ".pyenv/versions/3.12.1/bin"
+    versions.mkdir(parents=True)
+    shutil.copy(machine.bin / "python3.11", versions / "python3.12")
+    assert f"Python: {versions}/python3.12\n" in machine.install().stdout
+
+
+def test_the_python_that_is_asked_for(machine):
+    machine.program("python3.10", PYTHON)
+    machine.program("python3.12", PYTHON)
+    assert f"Python: {machine.bin}/python3.10\n" in machine.install("--python 3.10").stdout
+
+
+@pytest.mark.parametrize("asked", ["3.12", "3.13", "/nowhere/python", ""])
+def test_no_such_python_is_an_error(machine, asked):
+    if not asked:
+        (machine.bin / "python3.11").unlink()
+    result = machine.install(f"--python {asked}" if asked else "")
+    assert result.returncode == 2
+    assert "3.10 to 3.12" in result.stderr
+    assert not (machine.project / ".venv").exists()
+
+
+# ----------------------------------------------------------------------------- the installation
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "extras"),
+    [("cpu", "xla,quickstart,dev"), ("tpu", "tpu,xla,quickstart,dev"), ("cuda", "quickstart,dev")],
+)
+def test_extras_of_each_accelerator(machine, accelerator, extras):
+    result = machine.install(f"--accelerator {accelerator}")
+    assert result.returncode == 0, result.stderr
+    assert f"accelerator: {accelerator} (as asked)" in result.stdout
+    assert machine.installed.startswith("pip ")
+    assert machine.installed.endswith(f"--editable .[{extras}]")
+    assert "--constraint requirements.lock" in machine.installed
+
+
+def test_with_uv(machine):
+    machine.program("uv", UV)
+    result = machine.install()
+    assert result.returncode == 0, result.stderr
+    assert "installer: uv" in result.stdout
+    assert machine.installed.startswith("uv pip install --python .venv/bin/python --constraints")
+
+
+def test_a_second_run_does_nothing_and_is_quick(machine):
+    machine.install("--accelerator cuda")
+    begin = time.monotonic()
+    result = machine.install()
+    assert time.monotonic() - begin < 2
+    assert result.stdout.startswith("install: ready: .venv, cuda (as before)")
+    assert machine.calls.read_text() == ""
+
+
+@pytest.mark.parametrize("name", ["requirements.lock", "pyproject.toml"])
+def test_other_versions_are_installed_in_place(machine, name):
+    machine.install()
+    keepsake = machine.project / ".venv/keepsake"
+    keepsake.touch()
+    with (machine.project / name).open("a") as file:
+        file.write("# renewed\n")
+    machine.install()
+    assert machine.installed
+    assert keepsake.exists()
+
+
+def test_another_choice_makes_it_anew(machine):
+    machine.install("--accelerator cpu")
+    (machine.project / ".venv/keepsake").touch()
+    result = machine.install("--accelerator cuda")
+    assert "making it anew" in result.stdout
+    assert machine.installed.endswith("--editable .[quickstart,dev]")
+    assert not (machine.project / ".venv/keepsake").exists()
+
+
+def test_a_moved_project_makes_it_anew(machine, tmp_path):
+    machine.install()
+    machine.project = machine.project.rename(tmp_path / "elsewhere")
+    assert "making it anew" in machine.install().stdout
+    assert machine.installed
+
+
+def test_an_interrupted_installation_is_taken_up(machine):
+    machine.broken.touch()
+    result = machine.install("--accelerator cuda")
+    assert result.returncode == 2
+    assert "No space left on device" in result.stderr  # the log's end
+    assert "did not work" in result.stderr
+    machine.broken.unlink()
+    result = machine.install()
+    assert result.returncode == 0
+    assert machine.installed.endswith("--editable .[quickstart,dev]")  # the choice is remembered
+    assert machine.install().stdout.startswith("install: ready:")
+
+
+def test_a_python_that_is_gone_makes_it_anew(machine):
+    machine.install()
+    (machine.project / ".venv/bin/python").unlink()
+    assert "is broken: making it anew" in machine.install().stdout
+    assert machine.installed
+
+
+def test_a_folder_of_someone_else_is_left_alone(machine):
+    (machine.project / "mine").mkdir()
+    (machine.project / "mine/thesis.tex").touch()
+    result = machine.install("--venv mine")
+    assert result.returncode == 2
+    assert "mine exists and was not made by this script" in result.stderr
+    assert (machine.project / "mine/thesis.tex").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--accelerator gpu", "--accelerator is tpu, cuda or cpu, not 'gpu'"),
+        ("--accelerator", "the last option lacks its value"),
+        ("--prefix x", "unknown option: --prefix"),
+    ],
+)
+def test_bad_options(machine, arguments, message):
+    result = machine.install(arguments)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert not (machine.project / ".venv").exists()
+
+
+def test_two_at_once_install_once(machine):
+    slow = PYTHON.replace('"-m venv "*)', '"-m venv "*)\n        sleep 1')
+    machine.program("python3.11", slow)
+    machine.calls.write_text("")
+    result = machine.shell("bash install_spmd.sh & sleep 0.3; bash install_spmd.sh; wait")
+    assert result.returncode == 0, result.stderr
+    assert "another installation is running here: waiting for it" in result.stdout
+    assert machine.calls.read_text().count("--editable") == 1
+
+
+# ----------------------------------------------------------------------------- the lock
+
+
+def test_every_dependency_is_pinned_once():
+    names = [
+        line.split("==")[0].split("[")[0].lower().replace("_", "-")
+        for line in (ROOT / "requirements.lock").read_text().splitlines()
+        if line and not line.startswith((" ", "#"))
+    ]
+    assert len(names) > 50
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"].values()
+    for requirement in chain(project["dependencies"], *extras):
+        name = requirement.split(";")[0]
+        for mark in ("[", "=", ">", "<"):
+            name = name.split(mark)[0]
+        assert name.strip().lower().replace("_", "-") in names, f"{name} is not in the lock"
+
+
+@pytest.mark.slow
+def test_a_real_environment_is_ready_at_once(tmp_path):
+    """The environment this runs in, if install_spmd.sh made it: a second run has nothing to do."""
+    venv = Path(sys.prefix)
+    if not (venv / "rae-xla.install").exists():
+        pytest.skip("this Python's environment was not made by install_spmd.sh")
+    begin = time.monotonic()
+    result = subprocess.run(
+        ["bash", "install_spmd.sh", "--venv", venv],
+        cwd=ROOT,
+        env=os.environ,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert result.stdout.startswith("install: ready:"), result.stdout + result.stderr
+    assert time.monotonic() - begin < 5
