@@ -37,25 +37,13 @@ def find_file(folder: str, filename: str) -> Path | None:
     Raises:
         UserError: if the folder or repository does not exist or cannot be reached.
     """
-    if not is_hub_id(folder):
-        path = Path(folder).expanduser()
-        if not path.is_dir():
-            raise UserError(
-                f"there is no model folder {folder}; give one that transformers' save_pretrained "
-                "wrote, or a hub id such as facebook/dinov2-with-registers-base"
-            )
-        return path / filename if (path / filename).is_file() else None
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-    try:
-        return Path(hf_hub_download(folder, filename))
-    except LocalEntryNotFoundError as error:
-        raise _unreachable(folder, filename, error) from error
-    except EntryNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise _unreachable(folder, filename, error) from error
+    path = _fetched(folder, filename) if is_hub_id(folder) else Path(folder).expanduser()
+    if not path.is_dir():
+        raise UserError(
+            f"there is no model folder {folder}; give one that transformers' save_pretrained "
+            "wrote, or a hub id such as facebook/dinov2-with-registers-base"
+        )
+    return path / filename if (path / filename).is_file() else None
 
 
 def read_json(folder: str, filename: str) -> dict[str, Any] | None:
@@ -99,9 +87,18 @@ def read_weights(folder: str) -> dict[str, Tensor]:
     raise UserError(f"{folder} holds no weights: expected one of {', '.join(_WEIGHT_FILES)}")
 
 
-def _unreachable(folder: str, filename: str, error: Exception) -> UserError:
-    reason = str(error).strip().split("\n")[0]
-    return UserError(
-        f"{filename} of {folder} could not be had from the Hugging Face hub ({reason}); if it is "
-        "a folder on this machine, write its path with a leading ./"
-    )
+def _fetched(repository: str, filename: str) -> Path:
+    """Download a file of a repository unless it is cached; the folder of the cached snapshot.
+
+    As a snapshot of one file, because without a network that still says which files there are.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repository, allow_patterns=[filename]))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"{filename} of {repository} could not be had from the Hugging Face hub ({reason}); "
+            "if it is a folder on this machine, write its path with a leading ./"
+        ) from error

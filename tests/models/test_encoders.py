@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -147,6 +150,26 @@ def test_sharded_and_torch_files(tmp_path: Path) -> None:
     torch.save(load_file(weights), tmp_path / "whole" / "pytorch_model.bin")
     weights.unlink()
     assert torch.equal(DINOv2Encoder(str(tmp_path / "whole"))(images((35, 35))), expected)
+
+
+def test_a_hub_id_is_read_from_the_cache_without_a_network(tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--owner--mae" / "snapshots" / "0123abc"
+    save(mae(), snapshot)
+    weights = snapshot / "model.safetensors"
+    torch.save(load_file(weights), snapshot / "pytorch_model.bin")  # the last kind looked for
+    weights.unlink()
+    (tmp_path / "models--owner--mae" / "refs").mkdir()
+    (tmp_path / "models--owner--mae" / "refs" / "main").write_text("0123abc")
+    program = (
+        "from rae_xla.models.encoders import MAEEncoder\n"
+        "print(MAEEncoder('owner/mae').hidden_size)\n"
+        "MAEEncoder('owner/other')\n"
+    )
+    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.stdout == "16\n"
+    assert "UserError: config.json of owner/other could not be had" in done.stderr
 
 
 def test_positions_follow_the_weights_that_are_loaded_later(tmp_path: Path) -> None:
