@@ -77,13 +77,14 @@ def _make(args: argparse.Namespace) -> int:
         shuffle=not args.keep_order,
         workers=args.workers,
     )
-    index = write_shards(
-        tqdm(source, desc="writing shards", unit="image"),
-        args.out,
-        classes=source.classes,
-        shard_size_bytes=args.shard_size,
-        samples_per_shard=args.samples_per_shard,
-    )
+    with tqdm(source, desc="writing shards", unit="image") as samples:
+        index = write_shards(
+            samples,
+            args.out,
+            classes=source.classes,
+            shard_size_bytes=args.shard_size,
+            samples_per_shard=args.samples_per_shard,
+        )
     print(f"{index.folder}: {_counts(index)}")
     return 0
 

@@ -71,12 +71,12 @@ def _load(
     crops: NDArray[np.float64],
     flips: NDArray[np.bool_],
 ) -> Arrays:
-    pictures = [
-        load_sample(index, sample, transform, u)
-        for sample, u in zip(ids.tolist(), crops.tolist(), strict=True)
-    ]
-    images = np.empty((len(ids), 3, *pictures[0].shape[:2]), np.uint8)
-    for row, pixels in enumerate(pictures):
+    images = np.empty((0, 3, 0, 0), np.uint8)
+    for row, (sample, u) in enumerate(zip(ids.tolist(), crops.tolist(), strict=True)):
+        pixels = load_sample(index, sample, transform, u)
+        if row == 0:
+            images = np.empty((len(ids), 3, *pixels.shape[:2]), np.uint8)
+        # At once, while the pixels are still in the cache.
         images[row] = (flip(pixels) if flips[row] else pixels).transpose(2, 0, 1)
     return {
         "image": images,
