@@ -121,7 +121,8 @@ import importlib.util, rae_xla, torch
 xla = importlib.util.find_spec("torch_xla") and __import__("torch_xla").__version__
 print(f"rae_xla {rae_xla.__version__}, torch {torch.__version__}, torch_xla {xla or chr(45)}")
 '
-say "about 3 GB to download and 7 GB on disk, most of it torch; two or three minutes on a fast line"
+[[ -n $had_fingerprint ]] ||
+    say "about 3 GB to download and 7 GB on disk, most of it torch: some minutes"
 work "build backend" "${install[@]}" setuptools
 work "packages" "${install[@]}" --no-build-isolation --editable ".[$extras]"
 work "first import" "$venv/bin/python" -c "$first_import"

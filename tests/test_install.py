@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -270,6 +271,35 @@ def test_an_interrupted_installation_is_taken_up(machine):
     assert result.returncode == 0
     assert machine.installed.endswith("--editable .[quickstart,dev]")  # the choice is remembered
     assert machine.install().stdout.startswith("install: ready:")
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_ends_what_was_started(machine, sent):
+    pid_file = machine.project / "pid"
+    machine.program(
+        "python3.11", PYTHON.replace('echo "pip $*"', f"echo $$ > {pid_file}; exec sleep 60; echo")
+    )
+    script = subprocess.Popen(
+        ["bash", "install_spmd.sh"],
+        cwd=machine.project,
+        env=machine.environment,
+        start_new_session=True,
+    )
+    while not (pid_file.exists() and pid_file.read_text().strip()):
+        time.sleep(0.05)
+    os.killpg(script.pid, sent)  # as a terminal does
+    assert script.wait(timeout=10) != 0
+    assert ended(int(pid_file.read_text()))
+
+
+def ended(pid: int) -> bool:
+    for _ in range(100):
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.05)
+    return False
 
 
 def test_a_python_that_is_gone_makes_it_anew(machine):
