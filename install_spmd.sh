@@ -40,6 +40,9 @@ done
 [[ $venv == /* || $venv == .venv ]] || venv=$called_from/$venv
 venv=${venv#"$PWD/"}
 
+trap 'exit 130' INT # by way of EXIT, which ends what is running
+trap 'exit 143' TERM
+
 # One installation at a time (test.sh and quickstart.sh may both be starting).
 exec 9<requirements.lock
 if command -v flock >/dev/null && ! flock --nonblock 9; then

@@ -2,7 +2,9 @@
 # The parts of scripts/test.sh: timed steps, pytest processes and their sum. Sourced, not run.
 
 results=$(mktemp -d)
-trap 'kill $(jobs -p) 2>/dev/null; rm -rf "$results"' EXIT
+trap 'kill $(jobs -p) 2>/dev/null; wait; rm -rf "$results"' EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
 failed_steps=()
 
 heading() { printf '\n== %s\n' "$1"; }
@@ -42,7 +44,10 @@ run_pytest() {
     # shellcheck disable=SC2154  # test.sh knows the interpreter
     local command=("$python" -m pytest -m "$marks" --junitxml="$stem.xml" "$@")
     if ((BASH_SUBSHELL)); then
-        "${command[@]}" >"$stem.log" 2>&1 </dev/null
+        "${command[@]}" >"$stem.log" 2>&1 </dev/null &
+        # shellcheck disable=SC2064  # this process
+        trap "kill $!; exit 143" TERM
+        wait $!
         status=$?
     else
         "${command[@]}" 2>&1 </dev/null | tee "$stem.log"
