@@ -1,4 +1,4 @@
-"""Read the reference numbers of ``tests/golden`` (where they come from: ``tests/golden/README.md``)."""
+"""Read the reference numbers of ``tests/golden``; its README says where they come from."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, TypeVar
 
@@ -60,8 +60,14 @@ class Runtime(Protocol):
         """The precision the run asked for, as an autocast context."""
         ...
 
+    def fetch(self, results: Sequence[Tensor]) -> list[Tensor]:
+        """Small unsplit results of compiled functions, on the CPU. Waits for those alone, so what
+        was asked for since then goes on.
+        """
+        ...
+
     def to_host(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Whole tensors on the CPU of every process. Waits for them."""
+        """Whole tensors on the CPU of every process. Waits for the devices to finish."""
         ...
 
     def synchronize(self) -> None:

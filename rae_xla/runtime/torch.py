@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -59,6 +59,10 @@ class TorchRuntime:
         if self._precision == "bf16":
             return torch.autocast(self.device.type, dtype=torch.bfloat16)
         return nullcontext()
+
+    def fetch(self, results: Sequence[Tensor]) -> list[Tensor]:
+        """Copies on the CPU."""
+        return [result.cpu() for result in results]
 
     def to_host(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Copies on the CPU."""

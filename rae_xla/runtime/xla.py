@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
@@ -128,9 +128,26 @@ class XLARuntime:
             return torch.autocast("xla", dtype=torch.bfloat16)
         return nullcontext()
 
+    def fetch(self, results: Sequence[Tensor]) -> list[Tensor]:
+        """Copies on the CPU."""
+        return [result.cpu() for result in results]
+
     def to_host(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Gather every tensor to the host."""
-        return {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+        """Put the shards of every tensor together on the host.
+
+        One process holds every shard, so nothing has to be compiled to gather them; several
+        processes gather over the interconnect first.
+        """
+        detached = [tensor.detach() for tensor in tensors.values()]
+        if self.process_count > 1:
+            return {n: t.cpu() for n, t in zip(tensors, detached, strict=True)}
+        xm.wait_device_ops()
+        shards = torch_xla._XLAC._get_local_shards(detached)
+        places = torch_xla._XLAC._get_local_shard_replica_and_indices(detached)
+        return {
+            name: _assemble(tensor, [data for data, _ in parts], [index for _, index in where])
+            for name, tensor, parts, where in zip(tensors, detached, shards, places, strict=True)
+        }
 
     def synchronize(self) -> None:
         """Wait for the devices."""
@@ -145,3 +162,14 @@ class XLARuntime:
     def fallbacks(self) -> dict[str, int]:
         """The ``aten::`` counters: operations without a lowering."""
         return {n: met.counter_value(n) for n in met.counter_names() if n.startswith("aten::")}
+
+
+def _assemble(tensor: Tensor, parts: list[Tensor], places: list[Any]) -> Tensor:
+    """A host tensor from its shards and the slices they belong to (... where it is whole)."""
+    if places[0] is Ellipsis:
+        return parts[0].clone()
+    whole = torch.empty(tensor.shape, dtype=parts[0].dtype)
+    for part, place in zip(parts, places, strict=True):
+        target = whole[tuple(place)]
+        target.copy_(part[tuple(slice(size) for size in target.shape)])  # shards may be padded
+    return whole

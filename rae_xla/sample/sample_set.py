@@ -36,7 +36,7 @@ def claim_set(out: Path, config: RunConfig, *, labels: str, seed: int, count: in
     settings = {name: tree[name] for name in sections} | {"labels": labels, "seed": seed}
     settings |= {"count": count, "precision": config.runtime.precision}
     path = out / SETTINGS_FILE
-    if path.exists():
+    if path.exists() and _path(out, 0).exists():
         theirs = json.loads(path.read_text(encoding="utf-8"))
         changed = [name for name in settings if theirs.get(name) != settings[name]]
         if changed:

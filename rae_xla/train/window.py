@@ -83,6 +83,5 @@ class Window:
             return None
         step, metrics, figures = self._closed
         self._closed = None
-        host = self._runtime.to_host({str(i): m for i, m in enumerate(metrics)})
-        means = torch.stack(list(host.values())).double().mean(0).tolist()
+        means = torch.stack(self._runtime.fetch(metrics)).double().mean(0).tolist()
         return step, dict(zip(METRICS, means, strict=True)) | figures

@@ -1,9 +1,9 @@
-"""Copy the reference numbers the tests need into this folder, leaving out what they do not read.
+"""Copy the reference numbers the tests need into this folder, without what they do not read.
 
     python tests/golden/collect.py PATH_TO_SHARED_GOLDEN
 
-Left out, to keep the folder small: full gradients (the JSON beside each file holds the norm of every
-one), intermediate activations, and RAE state dicts that the ``decoder.pt`` and ``encoder/`` files
+Left out, to keep the folder small: full gradients (the JSON beside each file holds the norm of
+every one), intermediate activations, and RAE state dicts that ``decoder.pt`` and ``encoder/``
 beside them already hold.
 """
 

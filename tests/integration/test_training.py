@@ -1,0 +1,274 @@
+"""Both stages through the command line, on plain torch: training, killing, resuming, misuse."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import CLASSES, IMAGES, environment, make_configs, make_shards, rae_xla
+
+from rae_xla.config import load_config
+from rae_xla.registry import instantiate
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    shards = make_shards(folder)
+    return {"folder": folder, "shards": shards} | make_configs(folder, shards)
+
+
+@pytest.fixture(scope="module")
+def runs(world):
+    """A finished run of each stage."""
+    for stage in ("stage1", "stage2"):
+        done = rae_xla(
+            "train", stage, "--config", world[stage], "--results-dir", results(world, stage)
+        )
+        assert done.returncode == 0, done.stderr
+    return {stage: results(world, stage) for stage in ("stage1", "stage2")}
+
+
+def results(world, name):
+    return world["folder"] / "results" / name
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_a_run_leaves_metrics_checkpoints_and_its_configuration(runs, world, stage):
+    lines = metrics(runs[stage])
+    assert [line["step"] for line in lines] == list(range(1, 21))
+    losses = [line["train/loss"] for line in lines]
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+    assert {"opt/lr", "perf/step_time", "perf/data_wait", "train/grad_norm"} <= lines[-1].keys()
+    names = [path.name for path in sorted((runs[stage] / "checkpoints").iterdir())]
+    assert names == ["step-00000010.pt", "step-00000020.pt"]
+    saved = load_config(str(runs[stage] / "config.yaml"))
+    assert saved.diff(load_config(str(world[stage]))) == []
+
+
+def test_a_checkpoint_is_a_published_file(runs, world):
+    config = load_config(str(world["stage2"]))
+    checkpoint = runs["stage2"] / "checkpoints/step-00000020.pt"
+    model = instantiate({"target": config.stage_2.target, "params": config.stage_2.params,
+                         "ckpt": str(checkpoint)})  # fmt: skip
+    ema = torch.load(checkpoint, weights_only=True)["ema"]
+    torch.testing.assert_close(dict(model.state_dict()), ema)
+    whole = torch.load(runs["stage1"] / "checkpoints/step-00000020.pt", weights_only=True)["ema"]
+    stage_1 = load_config(str(world["stage1"])).stage_1
+    instantiate(stage_1).load_state_dict(whole)
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_killed_and_restarted_a_run_ends_with_the_same_bits(runs, world, stage):
+    folder = results(world, f"killed-{stage}")
+    command = [sys.executable, "-m", "rae_xla", "train", stage, "--config", world[stage],
+               "--results-dir", folder]  # fmt: skip
+    process = subprocess.Popen(
+        list(map(str, command)), env=environment(), stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        wait_for(folder / "metrics.jsonl", lines=13)
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    assert metrics(folder)[-1]["step"] < 20, "it was to be killed before its end"
+    done = rae_xla("train", stage, "--config", world[stage], "--results-dir", folder)
+    assert done.returncode == 0, done.stderr
+    assert "from step 10" in done.stderr
+    assert [line["step"] for line in metrics(folder)] == list(range(1, 21))
+    last = "checkpoints/step-00000020.pt"
+    whole, resumed = (torch.load(f / last, weights_only=True) for f in (runs[stage], folder))
+    for part in ("model", "ema", "optimizer"):
+        assert whole[part].keys() == resumed[part].keys()
+        for name, tensor in whole[part].items():
+            assert torch.equal(tensor, resumed[part][name]), name
+
+
+def wait_for(path, lines):
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline:
+        if path.exists() and path.read_text().count("\n") >= lines:
+            return
+        time.sleep(0.005)
+    raise TimeoutError(path)
+
+
+def test_a_finished_run_stays_as_it_is(runs, world):
+    before = (runs["stage2"] / "metrics.jsonl").read_bytes()
+    again = rae_xla("train", "stage2", "--config", world["stage2"], "--results-dir", runs["stage2"])
+    assert again.returncode == 0
+    assert "complete, 20 steps done" in again.stdout
+    assert (runs["stage2"] / "metrics.jsonl").read_bytes() == before
+
+
+def test_the_decoder_goes_from_stage_1_to_stage_2(runs, world):
+    out = world["folder"] / "decoder.pt"
+    done = rae_xla("export", "decoder", "--ckpt", runs["stage1"], "--out", out)
+    assert done.returncode == 0, done.stderr
+    ema = torch.load(runs["stage1"] / "checkpoints/step-00000020.pt", weights_only=True)["ema"]
+    decoder = torch.load(out, weights_only=True)
+    assert decoder.keys() == {k[8:] for k in ema if k.startswith("decoder.")}
+    wrong = rae_xla("export", "decoder", "--ckpt", runs["stage2"], "--out", out)
+    assert wrong.returncode == 2
+    assert "holds no decoder" in wrong.stderr
+
+
+def test_statistics_do_not_depend_on_the_batch(world):
+    files = []
+    for size in (5, 48):
+        out = world["folder"] / f"stat-{size}.pt"
+        done = rae_xla("stats", "--config", world["stage1"], "--out", out, "--batch-size", size)
+        assert done.returncode == 0, done.stderr
+        files.append(torch.load(out, weights_only=True))
+    torch.testing.assert_close(files[0], files[1], rtol=1e-5, atol=1e-6)
+    assert files[0]["var"].shape == (32, 4, 4)
+    rae = instantiate(load_config(str(world["stage1"])).stage_1).eval()
+    images = all_images(world["shards"])
+    latents = rae.encode(images).double()
+    torch.testing.assert_close(files[0]["mean"].double(), latents.mean(0), rtol=1e-5, atol=1e-5)
+    expected = latents.var(0, unbiased=False)
+    torch.testing.assert_close(files[0]["var"].double(), expected, rtol=1e-4, atol=1e-6)
+
+
+def all_images(shards):
+    from rae_xla.data.shards import open_index
+    from rae_xla.data.stream import one_pass
+    from rae_xla.data.transforms import CenterCrop
+
+    batch = next(one_pass(open_index(shards), batch_size=IMAGES, transform=CenterCrop(32)))
+    return batch["image"].float() / 255
+
+
+@pytest.mark.parametrize("mode", ["ODE", "SDE"])
+def test_samples_do_not_depend_on_the_batch_and_resume(runs, world, mode):
+    sets = []
+    for batch in (3, 8):
+        out = world["folder"] / f"samples-{mode}-{batch}"
+        command = ["sample", "--config", world["stage2"], "--ckpt", runs["stage2"], "--out", out,
+                   "--num-samples", 8, "--batch-size", batch, "guidance.scale=1.5",
+                   f"sampler.mode={mode}"]  # fmt: skip
+        done = rae_xla(*command)
+        assert done.returncode == 0, done.stderr
+        with np.load(out / "samples.npz") as arrays:
+            sets.append(arrays["arr_0"])
+            assert arrays["labels"].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert sets[0].shape == (8, 32, 32, 3)
+    assert sets[0].dtype == np.uint8
+    assert np.abs(sets[0].astype(int) - sets[1].astype(int)).max() <= 1
+    assert len({picture.tobytes() for picture in sets[0]}) == 8
+    kept, lost = out / "000001.png", out / "000006.png"
+    before = kept.stat().st_mtime_ns
+    lost.unlink()
+    assert rae_xla(*command).returncode == 0
+    assert kept.stat().st_mtime_ns == before
+    assert np.array_equal(np.asarray(Image.open(lost)), sets[1][6])
+    other = rae_xla(*command, "--seed", 1)
+    assert other.returncode == 2
+    assert "other settings (seed)" in other.stderr
+
+
+def test_reconstruct_a_file_and_a_folder(world, runs):
+    source = world["folder"] / "pictures" / "deep"
+    source.mkdir(parents=True, exist_ok=True)
+    for i, image in enumerate(all_images(world["shards"])[:3]):
+        pixels = (image * 255).byte().permute(1, 2, 0).numpy()
+        Image.fromarray(pixels).resize((48, 40)).save(source / f"{i}.jpg")
+    out = world["folder"] / "reconstructed"
+    for given in (source.parent, source / "0.jpg"):
+        done = rae_xla("reconstruct", "--config", world["stage1"], "--input", given, "--out", out)
+        assert done.returncode == 0, done.stderr
+        assert "mean PSNR" in done.stdout
+    assert Image.open(out / "deep" / "2.png").size == (32, 32)
+    assert (out / "0.png").exists()
+
+
+MISUSES = [
+    ("an unknown key", ["training.epoch=3"], r"training\.epoch\b.*training\.epochs"),
+    ("a wrong type", ["training.steps=many"], r"training\.steps.*many"),
+    ("no such shards", ["data.train=elsewhere"], "elsewhere"),
+    ("a batch that cannot be divided", ["training.grad_accum_steps=3"], "does not divide"),
+    ("too few classes", ["stage_2.params.num_classes=2", "misc.num_classes=2",
+                         "misc.null_label=2"], r"label"),
+    ("a missing weight file", ["stage_1.params.pretrained_decoder_path=no.pt"], r"no\.pt"),
+    ("a wrong mesh", ["mesh.fsdp=3"], "mesh.*1 devices"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("what", "overrides", "message"), MISUSES, ids=[m[0] for m in MISUSES])
+def test_misuse_gives_one_clear_error(world, what, overrides, message):
+    folder = results(world, "misuse")
+    shutil.rmtree(folder, ignore_errors=True)
+    done = rae_xla(
+        "train", "stage2", "--config", world["stage2"], "--results-dir", folder, *overrides
+    )
+    assert one_error(done, message), done.stderr
+
+
+def one_error(done, message):
+    lines = [line for line in done.stderr.splitlines() if "rae-xla: error:" in line]
+    return (
+        done.returncode == 2
+        and len(lines) == 1
+        and re.search(message, lines[0])
+        and "Traceback" not in done.stderr
+    )
+
+
+def test_missing_configuration_and_checkpoint(world, tmp_path):
+    done = rae_xla("train", "stage2", "--config", "nothing.yaml", "--results-dir", tmp_path)
+    assert one_error(done, r"nothing\.yaml")
+    command = ("sample", "--config", world["stage2"], "--out", tmp_path / "out")
+    assert one_error(rae_xla(*command), "names no weights")
+    assert one_error(rae_xla(*command, "--ckpt", "no.pt"), r"no\.pt")
+
+
+def test_labels_out_of_range(runs, world, tmp_path):
+    done = rae_xla("sample", "--config", world["stage2"], "--ckpt", runs["stage2"], "--out",
+                   tmp_path / "out", "--labels", CLASSES)  # fmt: skip
+    assert one_error(done, "out of range; the model knows classes 0 to 3")
+
+
+def test_a_checkpoint_of_another_model(runs, world, tmp_path):
+    done = rae_xla("sample", "--config", world["stage2"], "--ckpt", runs["stage2"], "--out",
+                   tmp_path / "out", "stage_2.params.hidden_size=[64,48]")  # fmt: skip
+    assert one_error(done, "another shape")
+
+
+def test_a_results_folder_of_another_run(runs, world):
+    done = rae_xla("train", "stage2", "--config", world["stage2"], "--results-dir",
+                   runs["stage2"], "training.optimizer.lr=1e-4")  # fmt: skip
+    assert one_error(done, r"another configuration.*optimizer\.lr: 0\.002 -> 0\.0001")
+
+
+@pytest.mark.parametrize(("cut", "message"), [(0, "is empty"), (700, "is truncated")])
+def test_a_broken_shard_stops_the_run_before_it_starts(world, tmp_path, cut, message):
+    shards = tmp_path / "shards"
+    shutil.copytree(world["shards"], shards)
+    first = next(shards.glob("*-000000.tar"))
+    first.write_bytes(first.read_bytes()[:cut])
+    done = rae_xla("train", "stage2", "--config", world["stage2"], "--results-dir",
+                   tmp_path / "results", "--data", shards)  # fmt: skip
+    assert one_error(done, rf"does not match its shards.*{message}")
+    assert not (tmp_path / "results").exists()
+
+
+def test_other_data_under_an_old_run(runs, world, tmp_path):
+    other = make_shards(tmp_path)
+    index = tmp_path / "shards" / "index.json"
+    index.write_text(index.read_text().replace('"3"', '"three"'))
+    done = rae_xla("train", "stage2", "--config", world["stage2"], "--results-dir",
+                   runs["stage2"], "--data", other)  # fmt: skip
+    assert one_error(done, "other training data")

@@ -1,0 +1,111 @@
+"""Both stages on XLA: every topology the same numbers, one compilation, no way out of the graph.
+
+Each run is a process of its own, as a user would start it.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from test_training import metrics, wait_for
+from tiny import environment, make_configs, make_shards, rae_xla
+
+pytestmark = pytest.mark.xla
+
+TOPOLOGIES = {
+    "1 device": ["runtime.devices=1"],
+    "4 fsdp": ["runtime.devices=4", "mesh.fsdp=4"],
+    "2 data x 2 fsdp": ["runtime.devices=4", "mesh.data=2", "mesh.fsdp=2"],
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    return {"folder": folder} | make_configs(folder, make_shards(folder))
+
+
+def train(world, stage, name, *overrides):
+    folder = world["folder"] / name
+    done = rae_xla("train", stage, "--config", world[stage], "--results-dir", folder, *overrides)
+    assert done.returncode == 0, done.stderr
+    return metrics(folder)
+
+
+@pytest.fixture(scope="module")
+def on_torch(world):
+    return train(world, "stage2", "torch")
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_every_topology_gives_the_losses_of_plain_torch(world, on_torch, topology):
+    lines = train(world, "stage2", topology, "runtime.backend=xla", *TOPOLOGIES[topology])
+    for ours, theirs in zip(lines, on_torch, strict=True):
+        for name in ("train/loss", "train/grad_norm"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4), ours["step"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_a_hundred_steps_compile_once_and_never_fall_back(world, stage):
+    overrides = ["training.steps=101", "checkpoint.every_steps=25", "runtime.backend=xla"]
+    lines = train(world, stage, f"hundred-{stage}", *overrides, *TOPOLOGIES["4 fsdp"])
+    assert len(lines) == 101
+    assert {line["perf/compilations"] for line in lines} == {1}
+    assert {line["perf/fallbacks"] for line in lines} == {0}
+
+
+@pytest.mark.slow
+def test_killed_and_restarted_a_run_ends_with_the_same_bits(world):
+    common = ["runtime.backend=xla", *TOPOLOGIES["2 data x 2 fsdp"]]
+    train(world, "stage2", "whole", *common)
+    folder = world["folder"] / "killed"
+    command = [sys.executable, "-m", "rae_xla", "train", "stage2", "--config", world["stage2"],
+               "--results-dir", folder, *common]  # fmt: skip
+    process = subprocess.Popen(
+        list(map(str, command)), env=environment(), stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        wait_for(folder / "metrics.jsonl", lines=13)
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    assert not (folder / "checkpoints/step-00000020.pt").exists()
+    train(world, "stage2", "killed", *common)
+    whole, resumed = (
+        torch.load(world["folder"] / name / "checkpoints/step-00000020.pt", weights_only=True)
+        for name in ("whole", "killed")
+    )
+    for part in ("model", "ema", "optimizer"):
+        for name, tensor in whole[part].items():
+            assert torch.equal(tensor, resumed[part][name]), name
+
+
+def test_sampling_on_xla_gives_the_pictures_of_plain_torch(world, on_torch):
+    import numpy as np
+
+    sets = {}
+    for backend in ("torch", "xla"):
+        out = world["folder"] / f"samples-{backend}"
+        done = rae_xla("sample", "--config", world["stage2"], "--ckpt", world["folder"] / "torch",
+                       "--out", out, "--num-samples", 8, "--batch-size", 4, "guidance.scale=1.5",
+                       f"runtime.backend={backend}", "runtime.devices=4")  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        with np.load(out / "samples.npz") as arrays:
+            sets[backend] = arrays["arr_0"].astype(int)
+    assert np.abs(sets["torch"] - sets["xla"]).max() <= 1
+
+
+def test_statistics_on_xla_equal_those_of_plain_torch(world):
+    files = []
+    for backend in ("torch", "xla"):
+        out = world["folder"] / f"stat-{backend}.pt"
+        done = rae_xla("stats", "--config", world["stage1"], "--out", out, "--batch-size", 20,
+                       f"runtime.backend={backend}", "runtime.devices=4")  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        files.append(torch.load(out, weights_only=True))
+    torch.testing.assert_close(files[0], files[1], rtol=1e-5, atol=1e-5)

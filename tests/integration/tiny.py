@@ -1,0 +1,106 @@
+"""A whole project in miniature: shards of coloured squares, a real tiny encoder, two configs."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import yaml
+from golden_case import GOLDEN
+
+from rae_xla.data.shards import write_shards
+from rae_xla.data.sources import array_source
+
+CLASSES, IMAGES, SIZE, BATCH = 4, 48, 32, 8
+ROOT = Path(__file__).parents[2]
+
+
+def make_shards(folder: Path) -> str:
+    """Squares whose place tells their class, on noise."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(IMAGES) % CLASSES
+    images = rng.integers(0, 60, (IMAGES, SIZE, SIZE, 3), dtype=np.uint8)
+    for image, label in zip(images, labels, strict=True):
+        y, x = 16 * (label // 2), 16 * (label % 2)
+        image[y : y + 16, x : x + 16] += rng.integers(100, 180, 3, dtype=np.uint8)
+    out = folder / "shards"
+    write_shards(array_source(images, labels), str(out), samples_per_shard=20)
+    return str(out)
+
+
+def make_configs(folder: Path, shards: str) -> dict[str, Path]:
+    """``stage1.yaml`` and ``stage2.yaml`` on that data."""
+    encoder = str(GOLDEN / "rae/dinov2/encoder")
+    autoencoder = {
+        "encoder_cls": "Dinov2withNorm",
+        "encoder_config_path": encoder,
+        "encoder_input_size": 56,
+        "encoder_params": {"dinov2_path": encoder, "normalize": True},
+        "decoder_config_path": str(GOLDEN / "rae/dinov2/decoder_config"),
+        "decoder_patch_size": 8,
+        "reshape_to_2d": True,
+    }
+    training = {
+        "steps": 20,
+        "global_batch_size": BATCH,
+        "ema_decay": 0.9,
+        "log_every": 1,
+        "sample_every": 0,
+        "num_samples": 4,
+        "optimizer": {"lr": 2e-3},
+        "scheduler": {"warmup_steps": 4, "warmup_from_zero": True},
+    }
+    shared = {
+        "training": training,
+        "data": {"train": shards},
+        "checkpoint": {"every_steps": 10},
+        "runtime": {"backend": "torch"},
+    }
+    model = {
+        "input_size": 4,
+        "patch_size": 1,
+        "in_channels": 32,
+        "hidden_size": [32, 48],
+        "depth": [1, 1],
+        "num_heads": [4, 4],
+        "num_classes": CLASSES,
+    }
+    weights = {"pretrained_decoder_path": str(GOLDEN / "rae/dinov2/decoder.pt")}
+    statistics = {"normalization_stat_path": str(GOLDEN / "rae/dinov2/stat.pt")}
+    configs = {
+        "stage1": {"stage_1": {"target": "stage1.RAE", "params": autoencoder}} | shared,
+        "stage2": {
+            "stage_1": {
+                "target": "stage1.RAE",
+                "params": autoencoder | weights | statistics | {"noise_tau": 0.0},
+            },
+            "stage_2": {"target": "stage2.models.DDT.DiTwDDTHead", "params": model},
+            "sampler": {"params": {"num_steps": 5}},
+            "misc": {"time_dist_shift_base": 128},
+        }
+        | shared,
+    }
+    paths = {}
+    for name, content in configs.items():
+        paths[name] = folder / f"{name}.yaml"
+        paths[name].write_text(yaml.safe_dump(content))
+    return paths
+
+
+def rae_xla(*arguments: object, timeout: float = 300) -> subprocess.CompletedProcess:
+    """Run the command line as a user would, in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "rae_xla", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=environment(),
+        check=False,
+    )
+
+
+def environment() -> dict[str, str]:
+    """This environment, with the package on the path and one thread."""
+    kept = {k: v for k, v in os.environ.items() if k != "CPU_NUM_DEVICES"}
+    return kept | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PJRT_DEVICE": "CPU"}
