@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[1]
 DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "configs").rglob("*.md")]
 SCRIPTS = [*(ROOT / "scripts").rglob("*.sh")]
 OPERATORS = {"&&", "||", "|", ";", "&", "(", ")", ";;"}
-BEFORE_A_COMMAND = re.compile(r"[A-Z_]+=.*|do|then|time|exec|nohup|\$")
+BEFORE_A_COMMAND = re.compile(r"[A-Z_]+=.*|do|then|else|if|!|time|exec|nohup")
+OURS = re.compile(r"rae-xla|rae_xla|\.sh\b|\.ci/run|\.py\b")
 
 
 def shell_blocks(document: str) -> str:
@@ -25,30 +26,39 @@ def shell_blocks(document: str) -> str:
 
 
 def commands(script: str) -> Iterator[list[str]]:
-    """The simple commands of a shell script's lines, as words, with 1 for each variable."""
+    """The simple commands of a shell script, as words, with 1 for the value of a variable."""
     for line in script.replace("\\\n", " ").splitlines():
-        if not re.search(r"\b(rae-xla|rae_xla|bash|python|\w+\.sh)\b", line):
+        if not OURS.search(line):
             continue
-        line = re.sub(r"\$(\w+|\{[^}]*\}|[@*#?])", "1", line.strip().removeprefix("$ "))
+        line = re.sub(r'"?\$\{?python\}?"?', "python", line.strip().removeprefix("$ "))
+        line = re.sub(r"\$(\w+|\{[^}]*\}|[@*#?])", "1", line)
         lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
         lexer.whitespace_split = True
+        try:
+            tokens = [*lexer, ";"]
+        except ValueError:
+            continue  # a quotation over several lines: something said, not something run
         words: list[str] = []
-        for word in [*lexer, ";"]:
-            if word in OPERATORS:
+        for token in tokens:
+            if token in OPERATORS:
                 while words and BEFORE_A_COMMAND.fullmatch(words[0]):
                     words.pop(0)
                 if words:
                     yield words
                 words = []
             else:
-                words.append(word)
+                words.append(token)
 
 
 def check(words: list[str]) -> None:
     """Raise an AssertionError if the command is of this project and would not be understood."""
-    if words[:3] == ["python", "-m", "rae_xla"]:
-        words = ["rae-xla", *words[3:]]
-    program, *rest = words
+    redirections = [i for i, word in enumerate(words) if set(word) <= set("<>&")]
+    program, *rest = words[: redirections[0]] if redirections else words
+    program = program.removeprefix(".venv/bin/")
+    if redirections and rest and rest[-1] == "2":  # 2>file
+        rest.pop()
+    if program == "python" and rest[:2] == ["-m", "rae_xla"]:
+        program, rest = "rae-xla", rest[2:]
     if program == "rae-xla":
         check_verb(rest)
     elif program in {"bash", "python"} and rest and not rest[0].startswith("-"):
@@ -107,6 +117,8 @@ def test_commands_are_understood(path, capsys, monkeypatch):
         "rae-xla train stage2 --config configs/none.yaml --results-dir r",
         "rae-xla sample --no-such-option",
         "X=1 python -m rae_xla shards verify",
+        "if ! .venv/bin/rae-xla sample --config $config; then exit 1; fi",
+        '"$python" scripts/none.py > log 2>&1',
         "cd here && bash scripts/none.sh",
         "bash scripts/test.sh --no-such-option",
     ],
