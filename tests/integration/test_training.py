@@ -1,19 +1,26 @@
 """Both stages through the command line, on plain torch: training, killing, resuming, misuse."""
 
-import json
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import CLASSES, IMAGES, environment, make_configs, make_shards, rae_xla
+from tiny import (
+    CLASSES,
+    IMAGES,
+    environment,
+    make_configs,
+    make_shards,
+    metrics,
+    rae_xla,
+    wait_for,
+)
 
 from rae_xla.config import load_config
 from rae_xla.registry import instantiate
@@ -39,10 +46,6 @@ def runs(world):
 
 def results(world, name):
     return world["folder"] / "results" / name
-
-
-def metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
@@ -95,15 +98,6 @@ def test_killed_and_restarted_a_run_ends_with_the_same_bits(runs, world, stage):
         assert whole[part].keys() == resumed[part].keys()
         for name, tensor in whole[part].items():
             assert torch.equal(tensor, resumed[part][name]), name
-
-
-def wait_for(path, lines):
-    deadline = time.monotonic() + 240
-    while time.monotonic() < deadline:
-        if path.exists() and path.read_text().count("\n") >= lines:
-            return
-        time.sleep(0.005)
-    raise TimeoutError(path)
 
 
 def test_a_finished_run_stays_as_it_is(runs, world):

@@ -10,8 +10,7 @@ import sys
 
 import pytest
 import torch
-from test_training import metrics, wait_for
-from tiny import environment, make_configs, make_shards, rae_xla
+from tiny import environment, make_configs, make_shards, metrics, rae_xla, wait_for
 
 pytestmark = pytest.mark.xla
 

@@ -1,8 +1,10 @@
 """A whole project in miniature: shards of coloured squares, a real tiny encoder, two configs."""
 
+import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -104,3 +106,18 @@ def environment() -> dict[str, str]:
     """This environment, with the package on the path and one thread."""
     kept = {k: v for k, v in os.environ.items() if k != "CPU_NUM_DEVICES"}
     return kept | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PJRT_DEVICE": "CPU"}
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    """The lines of a results folder's ``metrics.jsonl``."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def wait_for(path: Path, lines: int) -> None:
+    """Wait until a file that is being written has so many lines."""
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline:
+        if path.exists() and path.read_text().count("\n") >= lines:
+            return
+        time.sleep(0.005)
+    raise TimeoutError(path)
