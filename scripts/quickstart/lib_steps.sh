@@ -1,0 +1,56 @@
+# shellcheck shell=bash
+# The steps of scripts/quickstart.sh: each is done once, timed, and taken up where it stopped.
+# Sourced, not run.
+#
+# A step leaves two stamps, one when it begins and one when it is complete. Its result counts while
+# it is there and no earlier step was done after it. What an unfinished step has left is built upon
+# under the same condition, and removed otherwise.
+
+# begin_steps FOLDER
+begin_steps() {
+    stamps=$1/.steps
+    times=$1/times.tsv
+    previous=$stamps/begun
+    number=0
+    running=
+    mkdir -p "$stamps"
+    [[ -e $previous ]] || touch "$previous"
+    trap record_time EXIT
+}
+
+# step NAME RESULT COMMAND...
+step() {
+    local name=$1 result=$2 stamp
+    shift 2
+    number=$((number + 1))
+    stamp=$stamps/$(printf '%02d' "$number")
+    printf '\n\033[1m%2d  %s\033[0m\n' "$number" "$name"
+    if [[ -e $result && -e $stamp.done && ! $previous -nt $stamp.done ]]; then
+        printf '    done already: %s\n' "$result"
+    else
+        if [[ ! -e $stamp.begun || -e $stamp.done || $previous -nt $stamp.begun ]]; then
+            rm -rf "$result" "$stamp.done"
+            touch "$stamp.begun"
+        fi
+        printf '    \033[2m%s\033[0m\n' "$*"
+        running=$name
+        begin=$EPOCHREALTIME
+        "$@"
+        record_time
+        touch "$stamp.done"
+    fi
+    previous=$stamp.done
+}
+
+# The time of a step that is interrupted counts too.
+record_time() {
+    [[ -n $running ]] || return 0
+    awk -v name="$running" -v begin="$begin" -v end="$EPOCHREALTIME" \
+        'BEGIN { printf "%s\t%.1f\n", name, end - begin }' >>"$times"
+    running=
+}
+
+# sum_of_times: minutes and seconds of all steps, of earlier runs too.
+sum_of_times() {
+    awk -F '\t' '{ sum += $2 } END { printf "%d min %02d s\n", sum / 60, sum % 60 }' "$times"
+}
