@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import Protocol
+import logging
+import os
+from types import ModuleType
+from typing import Protocol, cast
 
 import torch
 
@@ -48,15 +51,16 @@ def start(settings: _RuntimeSettings, mesh: _MeshSettings, *, seed: int = 0) -> 
                 "runtime.backend is xla but torch_xla is not installed: run install_spmd.sh, or "
                 "set runtime.backend=torch"
             )
-        from rae_xla.runtime.xla import XLARuntime
-
-        return XLARuntime(
-            data=mesh.data,
-            fsdp=mesh.fsdp,
-            precision=settings.precision,
-            seed=seed,
-            devices=settings.devices,
-            compile_cache=settings.compile_cache,
+        return cast(
+            "Runtime",
+            _xla().XLARuntime(
+                data=mesh.data,
+                fsdp=mesh.fsdp,
+                precision=settings.precision,
+                seed=seed,
+                devices=settings.devices,
+                compile_cache=settings.compile_cache,
+            ),
         )
     from rae_xla.runtime.torch import TorchRuntime
 
@@ -73,8 +77,21 @@ def choose_backend() -> str:
     """``xla`` or ``torch``, from what the machine has."""
     if importlib.util.find_spec("torch_xla") is None:
         return "torch"
-    from rae_xla.runtime.xla import on_tpu
-
-    if not on_tpu() and torch.cuda.is_available():
+    if not _xla().on_tpu() and torch.cuda.is_available():
         return "torch"
     return "xla"
+
+
+def _xla() -> ModuleType:
+    """Import the XLA backend without what it prints: a line per compilation about a partitioner to
+    come, and which device it takes, which the run says itself. Nothing a user could act on.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    logging.getLogger("torch_xla.backends").setLevel(logging.ERROR)
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.ERROR)
+    try:
+        return importlib.import_module("rae_xla.runtime.xla")
+    finally:
+        root.setLevel(level)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
@@ -22,10 +21,6 @@ from torch_xla._internal import tpu
 from rae_xla.runtime.interface import Batch, Fn
 from rae_xla.runtime.mesh import AXES, resolve_mesh
 from rae_xla.runtime.sharding import FSDP_RULES, PartitionSpec, partition_spec
-
-# Printed by XLA once per compilation; nothing a user can act on.
-warnings.filterwarnings("ignore", message=".*Shardy.*")
-warnings.filterwarnings("ignore", message=".*lr scheduler.*")
 
 
 def on_tpu() -> bool:
@@ -81,17 +76,20 @@ class XLARuntime:
         return placed
 
     def place(self, module: nn.Module) -> nn.Module:
-        """Replace parameters and buffers by sharded ones on the devices."""
-        parameters = {name: p.detach() for name, p in module.named_parameters()}
-        placed = self.place_tensors(parameters)
-        for prefix, child in module.named_modules():
-            for name, parameter in list(child.named_parameters(recurse=False)):
-                tensor = placed[f"{prefix}.{name}" if prefix else name]
-                child.register_parameter(
-                    name, nn.Parameter(tensor, requires_grad=parameter.requires_grad)
-                )
+        """Replace parameters and buffers on the host by sharded ones on the devices.
+
+        What is on the devices stays as it is: an optimizer may hold it.
+        """
+        waiting = {n: p for n, p in module.named_parameters() if p.device != self.device}
+        placed = self.place_tensors({name: p.detach() for name, p in waiting.items()})
+        for name, parameter in waiting.items():
+            owner, _, last = name.rpartition(".")
+            moved = nn.Parameter(placed[name], requires_grad=parameter.requires_grad)
+            module.get_submodule(owner).register_parameter(last, moved)
+        for child in module.modules():
             for name, buffer in list(child.named_buffers(recurse=False)):
-                child._buffers[name] = self._send(buffer, (), rows=False)
+                if buffer.device != self.device:
+                    child._buffers[name] = self._send(buffer, (), rows=False)
         return module
 
     def place_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -39,12 +39,22 @@ def on_torch(world):
     return train(world, "stage2", "torch")
 
 
+def same_losses(ours, theirs):
+    for one, other in zip(ours, theirs, strict=True):
+        for name in ("train/loss", "train/grad_norm"):
+            assert one[name] == pytest.approx(other[name], rel=1e-4), one["step"]
+
+
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_every_topology_gives_the_losses_of_plain_torch(world, on_torch, topology):
-    lines = train(world, "stage2", topology, "runtime.backend=xla", *TOPOLOGIES[topology])
-    for ours, theirs in zip(lines, on_torch, strict=True):
-        for name in ("train/loss", "train/grad_norm"):
-            assert ours[name] == pytest.approx(theirs[name], rel=1e-4), ours["step"]
+    on_xla = train(world, "stage2", topology, "runtime.backend=xla", *TOPOLOGIES[topology])
+    same_losses(on_xla, on_torch)
+
+
+def test_stage_1_gives_the_losses_of_plain_torch(world):
+    on_xla = train(world, "stage1", "stage1-xla", "runtime.backend=xla", *TOPOLOGIES["4 fsdp"])
+    same_losses(on_xla, train(world, "stage1", "stage1-torch"))
+    assert on_xla[-1]["train/loss"] < 0.9 * on_xla[0]["train/loss"]
 
 
 @pytest.mark.slow
