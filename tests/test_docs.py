@@ -15,6 +15,7 @@ from rae_xla.cli import main as cli
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "configs").rglob("*.md")]
 SCRIPTS = [*(ROOT / "scripts").rglob("*.sh")]
+PROGRAMS = {"rae-xla", "python", "bash"}
 OPERATORS = {"&&", "||", "|", ";", "&", "(", ")", ";;"}
 BEFORE_A_COMMAND = re.compile(r"[A-Z_]+=.*|do|then|else|if|!|time|exec|nohup")
 OURS = re.compile(r"rae-xla|rae_xla|\.sh\b|\.ci/run|\.py\b")
@@ -52,19 +53,23 @@ def commands(script: str) -> Iterator[list[str]]:
 
 def check(words: list[str]) -> None:
     """Raise an AssertionError if the command is of this project and would not be understood."""
-    redirections = [i for i, word in enumerate(words) if set(word) <= set("<>&")]
-    program, *rest = words[: redirections[0]] if redirections else words
-    program = program.removeprefix(".venv/bin/")
-    if redirections and rest and rest[-1] == "2":  # 2>file
-        rest.pop()
+    words = [word.removeprefix(".venv/bin/") for word in words]
+    for i, word in enumerate(words):
+        if set(word) <= set("<>&"):
+            words = words[: i - (words[i - 1] == "2")]  # the 2 of 2>file too
+            break
+    programs = [i for i, word in enumerate(words) if word in PROGRAMS or word.endswith(".sh")]
+    if not programs:
+        return
+    program, *rest = words[programs[0] :]
     if program == "python" and rest[:2] == ["-m", "rae_xla"]:
         program, rest = "rae-xla", rest[2:]
     if program == "rae-xla":
         check_verb(rest)
-    elif program in {"bash", "python"} and rest and not rest[0].startswith("-"):
-        check_script(rest[0], rest[1:])
     elif program.endswith(".sh"):
         check_script(program, rest)
+    elif rest and not rest[0].startswith("-"):
+        check_script(rest[0], rest[1:])
 
 
 def check_verb(arguments: list[str]) -> None:
@@ -118,6 +123,7 @@ def test_commands_are_understood(path, capsys, monkeypatch):
         "rae-xla sample --no-such-option",
         "X=1 python -m rae_xla shards verify",
         "if ! .venv/bin/rae-xla sample --config $config; then exit 1; fi",
+        "timeout 60 rae-xla shards make",
         '"$python" scripts/none.py > log 2>&1',
         "cd here && bash scripts/none.sh",
         "bash scripts/test.sh --no-such-option",
