@@ -87,16 +87,12 @@ class Draws:
     step: Tensor
     rows: Tensor
 
-    def _key(self, purpose: str) -> tuple[Tensor, Tensor]:
-        words = (_int32(self.seed), _int32(self.seed >> 32))
-        counter = (self.step, torch.full_like(self.step, _int32(zlib.crc32(purpose.encode()))))
-        return threefry(words, counter)
-
     def _bits(self, purpose: str, count: int) -> tuple[Tensor, Tensor]:
-        """Two int32 tensors (B, count)."""
+        """Two int32 tensors (B, count): the key is (seed, purpose, step), the counter the place."""
+        key = _int32(self.seed ^ zlib.crc32(purpose.encode())), self.step ^ _int32(self.seed >> 32)
         elements = torch.arange(count, dtype=torch.int32, device=self.rows.device)
         rows, elements = torch.broadcast_tensors(self.rows[:, None], elements[None])
-        return threefry(self._key(purpose), (rows, elements))
+        return threefry(key, (rows, elements))
 
     def uniform(self, purpose: str, shape: tuple[int, ...] = ()) -> Tensor:
         """(B, *shape) float32, uniform on [0, 1) in steps of 2^-24."""

@@ -58,9 +58,9 @@ def make_train_step(
             loss.backward()
             total = total + loss.detach()
         grads = [p.grad for p in trained if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads, foreach=False)
+        norm = torch.nn.utils.get_total_norm(grads)
         if clip_grad:
-            torch.nn.utils.clip_grads_with_norm_(trained, clip_grad, norm, foreach=False)
+            torch.nn.utils.clip_grads_with_norm_(trained, clip_grad, norm)
         state.optimizer.param_groups[0]["lr"] = batch["lr"]
         state.optimizer.step()
         update_ema(state.ema, state.model, ema_decay)
