@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -117,8 +118,23 @@ class XLARuntime:
             yield self.put(batch)
 
     def compile(self, fn: Fn) -> Fn:
-        """One graph per call; a graph break is an error."""
-        return torch_xla.compile(fn, full_graph=True)
+        """One graph per call; what would break it in two is an error.
+
+        ``torch_xla.compile`` with ``full_graph`` does this too, but waits for the devices before it
+        traces. Here a step is traced while the one before it still computes.
+        """
+
+        @functools.wraps(fn)
+        def call(*inputs: Any) -> Any:
+            torch_xla._XLAC._set_allow_execution(False)
+            try:
+                outputs = fn(*inputs)
+            finally:
+                torch_xla._XLAC._set_allow_execution(True)
+            torch_xla.sync()
+            return outputs
+
+        return cast("Fn", call)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """bf16 autocast, or nothing."""

@@ -11,6 +11,7 @@ from rae_xla.config import check_mesh
 from rae_xla.data.shards import ShardIndex
 from rae_xla.errors import UserError
 from rae_xla.runtime import Runtime
+from rae_xla.train.adamw import AdamW
 from rae_xla.train.batches import open_stream, step_batches
 from rae_xla.train.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from rae_xla.train.plan import make_plan
@@ -46,16 +47,18 @@ def train(
     batch = check_mesh(config, runtime.mesh.size).global_batch_size
     stream = open_stream(config, runtime, index, stage=stage.name, global_batch=batch)
     plan = make_plan(config, stream.steps_per_epoch, batch)
-    state = _restore(stage, config, runtime, found[-1] if found else None)
+    state = _restore(stage, runtime, found[-1] if found else None)
     runtime.place(stage.frozen)
     if state.step >= plan.total:
         print(f"{folder}: complete, {state.step} steps done")
         return found[-1]
 
+    settings = config.training.optimizer
     step = runtime.compile(
         make_train_step(
             stage.losses,
             state,
+            AdamW(settings.betas, settings.eps, settings.weight_decay),
             seed=config.training.global_seed,
             ema_decay=config.training.ema_decay,
             clip_grad=config.training.clip_grad,
@@ -107,7 +110,6 @@ def _report(window: Window, tracker: Tracker, folder: Path) -> None:
 
 def _restore(
     stage: Stage,
-    config: RunConfig,
     runtime: Runtime,
     checkpoint: Path | None,
 ) -> TrainState:
@@ -117,7 +119,7 @@ def _restore(
         saved = load_checkpoint(checkpoint)
         saved |= {name: stage.unpublish(saved[name]) for name in ("model", "ema")}
     where = f"checkpoint {checkpoint}"
-    return make_state(stage.model, config.training.optimizer, runtime, saved, where)
+    return make_state(stage.model, runtime, saved, where)
 
 
 def _save(

@@ -5,16 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rae_xla.models.weights import load_strict
 from rae_xla.runtime import Runtime
-
-if TYPE_CHECKING:
-    from rae_xla.config import OptimizerConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -26,13 +23,13 @@ class TrainState:
     Attributes:
         model: what is trained; parameters with ``requires_grad=False`` stay as they are.
         ema: a second copy, the exponential moving average that is sampled and published.
-        optimizer: AdamW over the trained parameters, its moments allocated from the start.
+        moments: AdamW's, ``exp_avg`` and ``exp_avg_sq``, each by the names of what is trained.
         step: optimizer steps taken.
     """
 
     model: nn.Module
     ema: nn.Module
-    optimizer: torch.optim.AdamW
+    moments: dict[str, dict[str, Tensor]]
     step: int
 
     def trained(self) -> dict[str, nn.Parameter]:
@@ -42,24 +39,25 @@ class TrainState:
     def optimizer_tensors(self) -> dict[str, Tensor]:
         """The optimizer's state, ``<parameter>/<moment>`` -> tensor."""
         return {
-            f"{name}/{key}": value
-            for name, parameter in self.trained().items()
-            for key, value in self.optimizer.state[parameter].items()
+            f"{name}/{moment}": tensor
+            for moment, tensors in self.moments.items()
+            for name, tensor in tensors.items()
         }
 
 
 def make_state(
     model: nn.Module,
-    settings: OptimizerConfig,
     runtime: Runtime,
     saved: Mapping[str, Any] | None = None,
     where: str = "checkpoint",
 ) -> TrainState:
-    """Put a freshly built model on the devices with its EMA and optimizer, or restore all three.
+    """Put a freshly built model on the devices with its EMA and moments, or restore all three.
+
+    Everything is there before the first step: made lazily inside it, it would change the graph of
+    the second.
 
     Args:
         model: on the CPU; its parameters are replaced by placed ones.
-        settings: AdamW's learning rate, betas, weight decay and epsilon.
         runtime: where to.
         saved: ``model``, ``ema``, ``optimizer`` (host tensors) and ``step`` from a checkpoint.
         where: what to call that checkpoint in an error.
@@ -73,44 +71,21 @@ def make_state(
         load_strict(ema, saved["ema"], where)
     runtime.place(model)
     runtime.place(ema.requires_grad_(False).eval())
-    on_xla, on_cuda = runtime.backend == "xla", runtime.device.type == "cuda"
-    optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad],
-        lr=settings.lr,  # the step replaces it by a tensor, so that no rate is baked into a graph
-        betas=(settings.betas[0], settings.betas[1]),
-        eps=settings.eps,
-        weight_decay=settings.weight_decay,
-        # one kernel over all parameters where there is one; on XLA the step compiles into one
-        fused=not on_xla,
-        capturable=on_xla or on_cuda,
-        foreach=False,
-    )
-    state = TrainState(model, ema, optimizer, step=0 if saved is None else int(saved["step"]))
-    _allocate_moments(state, runtime, None if saved is None else saved["optimizer"])
-    return state
-
-
-def _allocate_moments(
-    state: TrainState, runtime: Runtime, saved: Mapping[str, Tensor] | None
-) -> None:
-    """Create the optimizer's state now: made lazily inside the first step, it would change the
-    compiled graph of the second.
-    """
-    trained = state.trained()
-    for key in (*MOMENTS, "step"):
+    state = TrainState(model, ema, {}, step=0 if saved is None else int(saved["step"]))
+    for moment in MOMENTS:
         host = {
-            name: torch.zeros(p.shape if key != "step" else ()) if saved is None
-            else saved[f"{name}/{key}"]
-            for name, p in trained.items()
-        }  # fmt: skip
-        placed = runtime.place_tensors(host)
-        for name, parameter in trained.items():
-            state.optimizer.state[parameter][key] = placed[name]
+            name: torch.zeros(p.shape) if saved is None else saved["optimizer"][f"{name}/{moment}"]
+            for name, p in state.trained().items()
+        }
+        state.moments[moment] = runtime.place_tensors(host)
+    return state
 
 
 @torch.no_grad()
 def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
     """``ema <- decay * ema + (1 - decay) * model`` over every parameter; buffers are left alone."""
     averages = dict(ema.named_parameters())
-    for name, parameter in model.named_parameters():
-        averages[name].mul_(decay).add_(parameter.detach(), alpha=1 - decay)
+    names, values = zip(*model.named_parameters(), strict=True)
+    chosen: list[Tensor] = [averages[name] for name in names]
+    torch._foreach_mul_(chosen, decay)
+    torch._foreach_add_(chosen, list(values), alpha=1 - decay)

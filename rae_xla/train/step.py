@@ -11,7 +11,8 @@ from torch import Tensor
 
 from rae_xla.runtime import Batch
 from rae_xla.runtime.random import Draws
-from rae_xla.train.state import TrainState, update_ema
+from rae_xla.train.adamw import AdamW
+from rae_xla.train.state import MOMENTS, TrainState, update_ema
 
 LossFn = Callable[[Batch, Draws], Tensor]
 """Per-sample losses (rows,) of a batch, given the draws of its rows."""
@@ -23,6 +24,7 @@ METRICS = ("train/loss", "train/grad_norm")
 def make_train_step(
     loss_fn: LossFn,
     state: TrainState,
+    optimizer: AdamW,
     *,
     seed: int,
     ema_decay: float,
@@ -35,6 +37,7 @@ def make_train_step(
     Args:
         loss_fn: per-sample losses of a batch.
         state: what the step updates in place.
+        optimizer: how.
         seed: of the run; with the step and the row it determines every draw.
         ema_decay: of the moving average.
         clip_grad: largest L2 norm of the whole gradient; None or 0 leaves it as it is.
@@ -46,10 +49,13 @@ def make_train_step(
         ``step(batch) -> metrics``; the batch carries, beside its data, ``row`` (rows,) int32,
         ``step`` 0-d int32 and ``lr`` 0-d float32; metrics is a vector, see ``METRICS``.
     """
-    trained = list(state.trained().values())
+    trained = state.trained()
+    parameters: list[Tensor] = list(trained.values())
+    first, second = ([state.moments[m][name] for name in trained] for m in MOMENTS)
 
     def step(batch: Batch) -> Tensor:
-        state.optimizer.zero_grad(set_to_none=True)
+        for parameter in parameters:
+            parameter.grad = None
         total = torch.zeros((), device=batch["row"].device)
         for part in split_batch(batch, accumulate):
             with autocast():
@@ -57,16 +63,19 @@ def make_train_step(
             loss = losses.float().mean() / accumulate
             loss.backward()
             total = total + loss.detach()
-        grads = [p.grad for p in trained if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads)
+        gradients = [_gradient(parameter) for parameter in parameters]
+        norm = torch.nn.utils.get_total_norm(gradients)
         if clip_grad:
-            torch.nn.utils.clip_grads_with_norm_(trained, clip_grad, norm)
-        state.optimizer.param_groups[0]["lr"] = batch["lr"]
-        state.optimizer.step()
+            torch.nn.utils.clip_grads_with_norm_(parameters, clip_grad, norm)
+        optimizer.update(parameters, gradients, first, second, batch["lr"], batch["step"])
         update_ema(state.ema, state.model, ema_decay)
         return torch.stack([total, norm.detach()])
 
     return step
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
 
 def split_batch(batch: Batch, parts: int) -> list[Batch]:

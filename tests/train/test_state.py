@@ -8,9 +8,9 @@ import torch
 from golden_case import load_case
 from torch import nn
 
-from rae_xla.config import OptimizerConfig
 from rae_xla.models.dit_dh import DiTDH
 from rae_xla.runtime import start
+from rae_xla.train.adamw import AdamW
 from rae_xla.train.schedule import Schedule
 from rae_xla.train.state import make_state, update_ema
 from rae_xla.train.step import make_train_step, split_batch
@@ -47,12 +47,9 @@ def recorded_run(runtime, accumulate=1):
     model = DiTDH(**meta["config"])
     model.load_state_dict(case.under("state0"))
     model.requires_grad_(True)  # the reference trains its position table too
+    state = make_state(model.train(), runtime)
     settings = meta["training_cfg"]["optimizer"]
-    state = make_state(
-        model.train(),
-        OptimizerConfig(lr=settings["lr"], betas=tuple(settings["betas"])),
-        runtime,
-    )
+    optimizer = AdamW(settings["betas"], eps=1e-8, weight_decay=settings["weight_decay"])
 
     def losses(batch, draws):
         given = {"t": batch["t"], "noise": batch["noise"]}
@@ -61,6 +58,7 @@ def recorded_run(runtime, accumulate=1):
     step = make_train_step(
         losses,
         state,
+        optimizer,
         seed=0,
         ema_decay=meta["ema_decay"],
         clip_grad=meta["clip_grad"],
@@ -111,12 +109,12 @@ def test_split_batch_deals_rows_out_in_turn():
 
 def test_tables_stay_frozen_and_moments_exist_before_the_first_step(runtime):
     config = load_case("train/stage2_four_steps").meta["config"]
-    state = make_state(DiTDH(**config), OptimizerConfig(), runtime)
+    state = make_state(DiTDH(**config), runtime)
     trained = state.trained()
     assert "pos_embed" not in trained
     assert "t_embedder.W" not in trained
     assert state.optimizer_tensors().keys() == {
-        f"{name}/{key}" for name in trained for key in ("exp_avg", "exp_avg_sq", "step")
+        f"{name}/{key}" for name in trained for key in ("exp_avg", "exp_avg_sq")
     }
 
 
@@ -124,4 +122,4 @@ def test_a_checkpoint_of_another_shape_is_refused(runtime):
     config = load_case("train/stage2_four_steps").meta["config"]
     saved = {"model": DiTDH(**config | {"hidden_size": [32, 24]}).state_dict()}
     with pytest.raises(ValueError, match=r"run/step-1\.pt does not fit DiTDH.*another shape"):
-        make_state(DiTDH(**config), OptimizerConfig(), runtime, saved, "run/step-1.pt")
+        make_state(DiTDH(**config), runtime, saved, "run/step-1.pt")

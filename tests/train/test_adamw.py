@@ -1,0 +1,27 @@
+"""The same updates as torch's own AdamW."""
+
+import pytest
+import torch
+
+from rae_xla.train.adamw import AdamW
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_fifty_steps_equal_torch(weight_decay):
+    torch.manual_seed(0)
+    shapes = [(4, 3), (5,), ()]
+    ours = [torch.randn(shape) for shape in shapes]
+    theirs = [torch.nn.Parameter(p.clone()) for p in ours]
+    reference = torch.optim.AdamW(theirs, betas=(0.9, 0.95), weight_decay=weight_decay)
+    optimizer = AdamW((0.9, 0.95), eps=1e-8, weight_decay=weight_decay)
+    first, second = ([torch.zeros_like(p) for p in ours] for _ in range(2))
+    for step in range(50):
+        lr = 1e-2 / (step + 1)
+        gradients = [torch.randn(shape) * 10 ** (step % 5 - 2) for shape in shapes]
+        reference.param_groups[0]["lr"] = lr
+        for parameter, gradient in zip(theirs, gradients, strict=True):
+            parameter.grad = gradient.clone()
+        reference.step()
+        optimizer.update(ours, gradients, first, second, torch.tensor(lr), torch.tensor(step))
+        for mine, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(mine, other.detach(), rtol=1e-5, atol=1e-6)
