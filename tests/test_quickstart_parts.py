@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -219,3 +221,79 @@ class TestReport:
     def test_running_mean(self):
         means = script("report").running_mean(np.array([1.0, 3.0, 5.0, 7.0]), 2)
         assert means.tolist() == [1, 2, 4, 6]
+
+
+class TestConfigs:
+    def test_samples_are_drawn_from_what_was_trained(self):
+        from rae_xla import load_config
+
+        folder = SCRIPTS.parents[1] / "configs" / "quickstart"
+        trained = load_config(str(folder / "stage2.yaml"))
+        sampled = load_config(str(folder / "sample.yaml"))
+        for section in ("stage_1", "stage_2", "transport", "sampler", "misc"):
+            assert getattr(sampled, section) == getattr(trained, section), section
+        assert sampled.guidance.scale > 1
+
+    def test_both_stages_share_one_autoencoder(self):
+        from rae_xla import load_config
+
+        folder = SCRIPTS.parents[1] / "configs" / "quickstart"
+        one, two = (load_config(str(folder / f"stage{k}.yaml")).stage_1.params for k in (1, 2))
+        later = {"noise_tau", "pretrained_decoder_path", "normalization_stat_path"}
+        assert {k: v for k, v in two.items() if k not in later} == {
+            k: v for k, v in one.items() if k not in later
+        }
+
+
+STEPS = """
+set -euo pipefail
+. {lib}
+begin_steps .
+step first one.txt bash -c 'echo run >>log; echo 1 >one.txt'
+step second two bash -c 'mkdir -p two; echo part >>two/parts; echo run >>log; [[ ! -e fail ]]'
+step third three.txt bash -c 'echo run >>log; echo 3 >three.txt'
+sum_of_times
+"""
+
+
+class TestSteps:
+    """scripts/quickstart/lib_steps.sh"""
+
+    @pytest.fixture
+    def run(self, tmp_path):
+        def run() -> tuple[int, int]:
+            """Exit status, and how many steps ran."""
+            (tmp_path / "log").write_text("")
+            script = STEPS.format(lib=SCRIPTS / "lib_steps.sh")
+            done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True)
+            return done.returncode, (tmp_path / "log").read_text().count("run")
+
+        return run
+
+    def test_what_is_done_is_not_done_again(self, run):
+        assert run() == (0, 3)
+        assert run() == (0, 0)
+
+    def test_an_unfinished_step_is_built_upon(self, run, tmp_path):
+        (tmp_path / "fail").touch()
+        assert run() == (1, 2)
+        (tmp_path / "fail").unlink()
+        assert run() == (0, 2)
+        assert (tmp_path / "two" / "parts").read_text() == "part\npart\n"
+        times = [line.split("\t")[0] for line in (tmp_path / "times.tsv").read_text().splitlines()]
+        assert times == ["first", "second", "second", "third"]
+
+    def test_a_removed_result_is_made_again_with_all_that_rests_on_it(self, run, tmp_path):
+        run()
+        shutil.rmtree(tmp_path / "two")
+        assert run() == (0, 2)
+        (tmp_path / "one.txt").unlink()
+        assert run() == (0, 3)
+        assert (tmp_path / "two" / "parts").read_text() == "part\n"
+
+    def test_an_unfinished_step_on_an_older_result_starts_anew(self, run, tmp_path):
+        (tmp_path / "fail").touch()
+        run()
+        (tmp_path / "one.txt").unlink()
+        assert run() == (1, 2)
+        assert (tmp_path / "two" / "parts").read_text() == "part\n"

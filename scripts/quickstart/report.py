@@ -30,6 +30,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 matplotlib.use("Agg")  # no display needed
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator, NullLocator
 
 TEMPLATE = Path(__file__).with_name("report.template.html")
 PER_ROW = 10
@@ -39,21 +40,27 @@ LABEL = (154, 166, 182)
 GOALS = {"psnr": 24.0, "plain": 0.90, "guided": 0.97, "coverage": 0.80, "minutes": 12.0}
 
 
-def sheet(rows: Sequence[np.ndarray], labels: Sequence[str], scale: int = 2) -> Image.Image:
-    """Lay rows of uint8 images (each N, H, W, 3) out on a dark sheet, a label left of each row."""
+def sheet(
+    rows: Sequence[np.ndarray], labels: Sequence[str], *, scale: int = 2, group: int = 1
+) -> Image.Image:
+    """Lay rows of uint8 images (each N, H, W, 3) out on a dark sheet, a label left of each row.
+
+    Every ``group`` rows stand closer to each other than to the next ones.
+    """
     height, width = (side * scale for side in rows[0].shape[1:3])
-    gap, margin = height // 8, height // 2
+    gap = height // 8
+    font = ImageFont.load_default(size=20)
+    margin = 2 * gap + round(max(font.getlength(label) for label in labels))
     columns = max(len(row) for row in rows)
-    size = (margin + columns * (width + gap) + gap, len(rows) * (height + gap) + gap)
+    tops = [gap + i * (height + gap) + (i // group) * gap * (group > 1) for i in range(len(rows))]
+    size = (margin + columns * (width + gap), tops[-1] + height + gap)
     canvas = Image.new("RGB", size, BACKGROUND)
     draw = ImageDraw.Draw(canvas)
-    font = ImageFont.load_default(size=height * 0.36)
-    for i, (row, label) in enumerate(zip(rows, labels, strict=True)):
-        top = gap + i * (height + gap)
-        draw.text((margin / 2 + gap / 2, top + height / 2), label, LABEL, font, anchor="mm")
+    for top, row, label in zip(tops, rows, labels, strict=True):
+        draw.text((margin / 2, top + height / 2), label, LABEL, font, anchor="mm")
         for j, image in enumerate(row):
             tile = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
-            canvas.paste(tile, (margin + gap + j * (width + gap), top))
+            canvas.paste(tile, (margin + j * (width + gap), top))
     return canvas
 
 
@@ -71,7 +78,7 @@ def reconstruction_sheet(
     for k in range(per_class):
         chosen = [np.flatnonzero(labels == c)[k] for c in np.unique(labels)]
         rows += [real[chosen], reconstructed[chosen]]
-    return sheet(rows, [""] * len(rows), scale=3)
+    return sheet(rows, ["real", "decoded"] * per_class, scale=3, group=2)
 
 
 def read_losses(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -111,8 +118,9 @@ def plot_losses(folder: Path, out: Path) -> None:
             axis.plot(steps, losses, color="#3b6fb6", alpha=0.25, linewidth=0.8)
             axis.plot(steps, smooth, color="#3b6fb6", linewidth=1.8)
             axis.set_yscale("log")
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axis.yaxis.set_major_formatter("{x:g}")
-            axis.yaxis.set_minor_formatter("{x:g}")
+            axis.yaxis.set_minor_locator(NullLocator())
             axis.set(title=title, xlabel="step", ylabel="loss")
             axis.grid(alpha=0.2)
         figure.savefig(out)
