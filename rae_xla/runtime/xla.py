@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
@@ -91,7 +91,26 @@ class XLARuntime:
             for name, buffer in list(child.named_buffers(recurse=False)):
                 if buffer.device != self.device:
                     child._buffers[name] = self._send(buffer, (), rows=False)
+        for owner in {name.rpartition(".")[0] for name in waiting}:
+            self._keep_rows_split(module.get_submodule(owner))
         return module
+
+    def _keep_rows_split(self, module: nn.Module) -> None:
+        """Tell the compiler that what a linear layer returns stays split by rows, and its gradient.
+
+        Left to propagate, the weights' sharding spreads to the activations, which are then moved
+        between devices at every layer.
+        """
+        if not isinstance(module, nn.Linear):
+            return
+
+        def annotate(tensor: Tensor) -> Tensor:
+            marked = tensor.clone()
+            spec = (AXES, *(None,) * (tensor.dim() - 1))
+            xs.annotate_custom_sharding(marked, self._mesh, spec)
+            return marked
+
+        module.register_forward_hook(lambda _, inputs, output: _BothWays.apply(output, annotate))
 
     def place_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Send host tensors, split by the sharding rules of the names they are given under."""
@@ -176,6 +195,19 @@ class XLARuntime:
     def fallbacks(self) -> dict[str, int]:
         """The ``aten::`` counters: operations without a lowering."""
         return {n: met.counter_value(n) for n in met.counter_names() if n.startswith("aten::")}
+
+
+class _BothWays(torch.autograd.Function):
+    """A function applied to a tensor, and to its gradient on the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.fn = fn
+        return fn(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return ctx.fn(gradient), None
 
 
 def _assemble(tensor: Tensor, parts: list[Tensor], places: list[Any]) -> Tensor:
