@@ -36,7 +36,7 @@ TEMPLATE = Path(__file__).with_name("report.template.html")
 PER_ROW = 10
 BACKGROUND = (29, 36, 48)
 LABEL = (154, 166, 182)
-# What issue 2 asks of the quickstart.
+# What the quickstart is held to.
 GOALS = {"psnr": 24.0, "plain": 0.90, "guided": 0.97, "coverage": 0.80, "minutes": 12.0}
 
 
