@@ -2,8 +2,8 @@
 
 On XLA every operation of a step is recorded anew each time, on the host, while the devices compute.
 ``torch.optim.AdamW`` records some twelve operations for each parameter, three of them through shape
-functions written in Python: 59 ms for 90 parameters, and in proportion longer than a TPU computes for
-the 382 of DiT-DH-XL. The same arithmetic in list operations costs a fifth of that
+functions written in Python: 59 ms for 90 parameters, and in proportion longer than a TPU computes
+for the 382 of DiT-DH-XL. The same arithmetic in list operations costs a fifth of that
 (``benchmarks/optimizer_trace.py``), and on CUDA each of them is few kernels.
 """
 

@@ -68,7 +68,8 @@ def train(
     )
     schedule = make_schedule(config.training, stream.steps_per_epoch)
     feed = runtime.feed(step_batches(stream, schedule, state.step, plan.total))
-    with Tracker(folder, config, start=state.step, total=plan.total) as tracker:
+    speaks = runtime.process_index == 0
+    with Tracker(folder, config, start=state.step, total=plan.total, speaks=speaks) as tracker:
         tracker.say(
             f"{stage.name} on {runtime.description}: {plan.total} steps of {batch} images, "
             f"{plan.per_epoch} to an epoch, from step {state.step}"
@@ -133,5 +134,12 @@ def _save(
         "optimizer": runtime.to_host(state.optimizer_tensors()),
         "config": config.to_dict(),
     }
-    if runtime.process_index == 0:
+    if runtime.process_index != 0:
+        return
+    try:
         save_checkpoint(folder, state.step, content, config.checkpoint.keep_last)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as the latter
+        raise UserError(
+            f"the checkpoint of step {state.step} could not be written to {folder}: {error}. Make "
+            "room and start the run again: it goes on from the checkpoint before"
+        ) from error

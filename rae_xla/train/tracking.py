@@ -19,18 +19,23 @@ if TYPE_CHECKING:
 
 
 class Tracker:
-    """Writes figures and pictures of one run. Only process 0 makes one."""
+    """Writes figures and pictures of one run. Of several processes, one speaks."""
 
-    def __init__(self, folder: Path, config: RunConfig, *, start: int, total: int) -> None:
+    def __init__(
+        self, folder: Path, config: RunConfig, *, start: int, total: int, speaks: bool = True
+    ) -> None:
         """Open the run's files; on a resume, drop the lines of steps that will run again."""
-        self._folder = folder
-        path = folder / "metrics.jsonl"
-        _drop_lines_after(path, start)
+        self._folder, self._speaks = folder, speaks
+        path = folder / "metrics.jsonl" if speaks else Path(os.devnull)
+        if speaks:
+            _drop_lines_after(path, start)
         self._file = path.open("a", encoding="utf-8")
+        hidden = not (speaks and sys.stderr.isatty())
         self._bar = tqdm(
-            total=total, initial=start, unit="step", dynamic_ncols=True, disable=not _interactive()
+            total=total, initial=start, unit="step", dynamic_ncols=True, disable=hidden
         )
-        self._wandb = _start_wandb(folder, config) if config.tracking.wandb else None
+        wanted = speaks and config.tracking.wandb
+        self._wandb = _start_wandb(folder, config) if wanted else None
 
     def advance(self) -> None:
         """One step more on the progress bar."""
@@ -38,7 +43,8 @@ class Tracker:
 
     def say(self, line: str) -> None:
         """Print a line without breaking the progress bar."""
-        tqdm.write(line, file=sys.stderr)
+        if self._speaks:
+            tqdm.write(line, file=sys.stderr)
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
         """Record figures under their names (``train/loss``, ``perf/step_time`` ...)."""
@@ -48,8 +54,10 @@ class Tracker:
         self.say(_console_line(step, figures))
         self._to_wandb(dict(figures), step)
 
-    def images(self, step: int, name: str, grid: Pixels) -> Path:
+    def images(self, step: int, name: str, grid: Pixels) -> None:
         """Save an (H, W, 3) uint8 picture as ``samples/<name>-<step>.png``."""
+        if not self._speaks:
+            return
         path = self._folder / "samples" / f"{name}-{step:08d}.png"
         path.parent.mkdir(exist_ok=True)
         save_png(path, grid)
@@ -57,7 +65,6 @@ class Tracker:
             import wandb
 
             self._to_wandb({f"samples/{name}": wandb.Image(str(path))}, step)
-        return path
 
     def __enter__(self) -> Tracker:
         return self
@@ -81,10 +88,6 @@ class Tracker:
         except Exception as error:
             self.say(f"wandb: {error}; going on without it (metrics.jsonl has everything)")
             self._wandb = None
-
-
-def _interactive() -> bool:
-    return sys.stderr.isatty()
 
 
 def _console_line(step: int, figures: Mapping[str, float]) -> str:
