@@ -261,9 +261,9 @@ def test_a_broken_shard_stops_the_run_before_it_starts(world, tmp_path, cut, mes
 
 def test_a_disk_that_is_full_costs_one_clear_error_and_no_checkpoint(world, tmp_path):
     command = ["train", "stage2", "--config", world["stage2"], "--results-dir", tmp_path]
+    limited = 'ulimit -f 200; exec "$0" -m rae_xla "$@"'
     done = subprocess.run(
-        ["bash", "-c", 'ulimit -f 200; exec "$0" -m rae_xla "$@"', sys.executable]
-        + list(map(str, command)),
+        ["bash", "-c", limited, sys.executable, *map(str, command)],
         capture_output=True, text=True, timeout=300, env=environment(), check=False,
     )  # fmt: skip
     assert one_error(done, "checkpoint of step 10 could not be written")
