@@ -22,6 +22,7 @@ from rae_xla.transport.steps import ModelFn, choose
 # (x, t, y) -> prediction of the shape of x
 ConditionalModel = Callable[[Tensor, Tensor, Tensor], Tensor]
 
+IMAGENET_CLASSES = 1000
 GUIDANCE_METHODS = ("cfg", "autoguidance")
 
 
@@ -112,12 +113,13 @@ def guided(
         y: (B,) int64 labels.
         scale: strength of guidance; 1 or less means none, whatever the method.
         method: ``cfg`` or ``autoguidance``.
-        null_label: the label that stands for "no class" (cfg); by default ``model.num_classes``.
+        null_label: the label that stands for "no class" (cfg); by default
+            ``model.num_classes``, or ImageNet's 1000 for a model that does not say.
         guide: the weaker model (autoguidance), called with the same x, t and y.
         interval: (t_min, t_max), both included, of *shifted* times; guidance acts inside.
 
     Raises:
-        UserError: an unknown method, a missing null label or guide, or an empty interval.
+        UserError: an unknown method, a missing guide, or an empty interval.
     """
     method = choose("guidance method", method, GUIDANCE_METHODS)
     if not math.isfinite(scale):
@@ -131,7 +133,5 @@ def guided(
     else:
         guide = None
         if null_label is None:
-            null_label = getattr(model, "num_classes", None)
-        if scale > 1 and null_label is None:
-            raise UserError("guidance method 'cfg' needs the null label; give null_label=...")
+            null_label = getattr(model, "num_classes", IMAGENET_CLASSES)
     return Guided(model, y, float(scale), null_label, guide, (float(t_min), float(t_max)))

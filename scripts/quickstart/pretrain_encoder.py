@@ -96,7 +96,7 @@ def pretrain(
     images: Tensor,
     labels: Tensor,
     *,
-    steps: int = 300,
+    steps: int = 600,
     batch_size: int = 64,
     lr: float = 2e-3,
     mask_ratio: float = 0.25,
@@ -163,7 +163,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Pretrain a tiny DINOv2-with-registers encoder.")
     parser.add_argument("--images", type=Path, required=True, help="folder written by digits.py")
     parser.add_argument("--out", type=Path, required=True, help="folder to write the encoder to")
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 

@@ -147,6 +147,17 @@ def test_the_null_label_defaults_to_the_models_own() -> None:
     assert sorted(torch.cat([y for _, y in model.calls]).tolist()) == [0, 1, 7, 7]
 
 
+def test_the_null_label_of_a_model_that_does_not_say_is_imagenets() -> None:
+    seen: list[int] = []
+
+    def model(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        seen.extend(y.tolist())
+        return x
+
+    guided(model, torch.tensor([3]), scale=2.0)(torch.randn(1, 2), torch.tensor([0.5]))
+    assert sorted(seen) == [3, 1000]
+
+
 @pytest.mark.parametrize("method", ["euler", "heun", "dopri5"])
 def test_a_sampler_guides_inside_the_interval_only(method: str) -> None:
     tr, x, y = (
@@ -170,7 +181,6 @@ def bad(**options: Any) -> None:
     ("options", "says"),
     [
         ({"method": "apg"}, "guidance method: 'apg' is not one of cfg, autoguidance"),
-        ({"null_label": None}, "needs the null label"),
         ({"method": "autoguidance"}, "needs a guide model"),
         ({"interval": (0.5, 0.5)}, "t_min must be below t_max"),
         ({"scale": float("nan")}, "guidance scale"),
