@@ -1,0 +1,101 @@
+"""The XLA backend on four virtual devices: where tensors lie, and what compiles."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from rae_xla.runtime import start
+from rae_xla.train.state import MOMENTS, make_state, update_ema
+
+pytestmark = pytest.mark.xla
+
+
+@pytest.fixture(scope="module")
+def runtime():
+    settings = SimpleNamespace(
+        backend="xla", precision="fp32", compile=False, compile_cache=None, devices=4
+    )
+    return start(settings, SimpleNamespace(data=2, fsdp=2))
+
+
+def small_model():
+    return nn.Sequential(nn.Linear(6, 8), nn.SiLU(), nn.Linear(8, 4))
+
+
+def sharding(tensor):
+    import torch_xla
+
+    return torch_xla._XLAC._get_xla_sharding_spec(tensor)
+
+
+def test_parameters_moments_and_averages_are_split_alike(runtime):
+    state = make_state(small_model(), runtime)
+    split = sharding(state.model[0].weight)
+    assert "devices=[2,1,2]" in split
+    assert "last_tile_dim_replicate" in split
+    averages = dict(state.ema.named_parameters())
+    for name, parameter in state.trained().items():
+        copies = [averages[name], *(state.moments[m][name] for m in MOMENTS)]
+        assert {sharding(copy) for copy in copies} == {sharding(parameter)}, name
+
+
+def test_what_is_put_comes_back(runtime):
+    tensors = {
+        "a.weight": torch.randn(8, 6),
+        "b.weight": torch.randn(3, 5),
+        "c.bias": torch.randn(5),
+        "d": torch.tensor(7),
+    }
+    back = runtime.to_host(runtime.place_tensors(tensors))
+    rows = {"image": torch.randint(256, (8, 3, 2, 2), dtype=torch.uint8), "step": torch.tensor(1)}
+    back |= runtime.to_host(runtime.put(rows))
+    for name, tensor in (tensors | rows).items():
+        assert torch.equal(back[name], tensor), name
+
+
+def test_placing_again_leaves_what_is_placed(runtime):
+    model = small_model()
+    runtime.place(model[0])
+    held = model[0].weight
+    runtime.place(model)
+    assert model[0].weight is held
+    assert model[2].weight.device == runtime.device
+
+
+def test_a_function_compiles_once_whatever_the_numbers(runtime):
+    state = make_state(small_model(), runtime)
+
+    @runtime.compile
+    def step(batch):
+        loss = (state.model(batch["x"]) * batch["lr"]).square().mean()
+        update_ema(state.ema, state.model, 0.9)
+        return torch.stack([loss, batch["step"] + 0.0])
+
+    runtime.synchronize()
+    before = runtime.compilations()
+    for number in (0, 1, 2, 5):
+        host = {
+            "x": torch.randn(8, 6),
+            "lr": torch.tensor(number / 2),
+            "step": torch.tensor(number),
+        }
+        [result] = runtime.fetch([step(runtime.put(host))])
+        assert result[1] == number
+    assert runtime.compilations() == before + 1
+    assert runtime.fallbacks() == {}
+
+
+def test_leaving_the_graph_inside_a_compiled_function_is_an_error(runtime):
+    @runtime.compile
+    def step(batch):
+        return batch["x"] + float(batch["x"].sum())
+
+    with pytest.raises(RuntimeError):
+        step(runtime.put({"x": torch.randn(4, 2)}))
+    double = runtime.compile(lambda batch: batch["x"] * 2)
+    host = torch.randn(4, 2)
+    torch.testing.assert_close(
+        runtime.to_host({"y": double(runtime.put({"x": host}))})["y"], host * 2
+    )
