@@ -83,7 +83,9 @@ def test_killed_and_restarted_a_run_ends_with_the_same_bits(runs, world, stage):
         stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:
-        wait_for(folder / "metrics.jsonl", lines=13)
+        wait_for(
+            folder / "metrics.jsonl", lines=10
+        )  # reported a step late: the checkpoint of step 10 is there
     finally:
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
