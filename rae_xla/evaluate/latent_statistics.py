@@ -65,7 +65,8 @@ def latent_moments(rae: RAE, runtime: Runtime, batches: Iterable[Mapping[str, Te
 
     total: Moments | None = None
     wanted = ("image", "weight")
-    for batch in runtime.feed({k: b[k] for k in wanted} for b in batches):
+    for host_batch in batches:
+        batch = runtime.put({name: host_batch[name] for name in wanted})
         host = runtime.to_host(
             dict(zip(("n", "mean", "squares"), batch_moments(batch), strict=True))
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, TypeVar
 
@@ -41,15 +41,11 @@ class Runtime(Protocol):
         """
         ...
 
-    def feed(self, batches: Iterable[Mapping[str, Tensor]]) -> Iterator[Batch]:
-        """Move this process's host batches to the devices, one batch ahead of their use.
+    def put(self, batch: Mapping[str, Tensor]) -> Batch:
+        """Move this process's host batch to the devices, without waiting for them.
 
         Tensors with rows are split over the mesh by rows; 0-d tensors are copied to every device.
         """
-        ...
-
-    def put(self, batch: Mapping[str, Tensor]) -> Batch:
-        """Move one host batch to the devices, split like those of ``feed``."""
         ...
 
     def compile(self, fn: Fn) -> Fn:

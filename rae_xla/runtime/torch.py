@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -44,11 +44,6 @@ class TorchRuntime:
         if self.device.type == "cpu":
             return dict(batch)
         return {k: v.pin_memory().to(self.device, non_blocking=True) for k, v in batch.items()}
-
-    def feed(self, batches: Iterable[Mapping[str, Tensor]]) -> Iterator[Batch]:
-        """Batches on the device; CUDA queues the copies, so the next one needs no thread."""
-        for batch in batches:
-            yield self.put(batch)
 
     def compile(self, fn: Fn) -> Fn:
         """torch.compile where the configuration asks for it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
@@ -128,13 +128,6 @@ class XLARuntime:
             name: self._send(t, (AXES, *(None,) * (t.dim() - 1)) if t.dim() else (), rows=True)
             for name, t in batch.items()
         }
-
-    def feed(self, batches: Iterable[Mapping[str, Tensor]]) -> Iterator[Batch]:
-        """Batches on the devices. Steps run asynchronously, so a batch is sent while the step
-        before it still computes.
-        """
-        for batch in batches:
-            yield self.put(batch)
 
     def compile(self, fn: Fn) -> Fn:
         """One graph per call; what would break it in two is an error.

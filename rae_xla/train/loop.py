@@ -67,7 +67,7 @@ def train(
         )
     )
     schedule = make_schedule(config.training, stream.steps_per_epoch)
-    feed = runtime.feed(step_batches(stream, schedule, state.step, plan.total))
+    feed = map(runtime.put, step_batches(stream, schedule, state.step, plan.total))
     speaks = runtime.process_index == 0
     with Tracker(folder, config, start=state.step, total=plan.total, speaks=speaks) as tracker:
         tracker.say(

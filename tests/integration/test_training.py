@@ -1,9 +1,7 @@
 """Both stages through the command line, on plain torch: training, killing, resuming, misuse."""
 
-import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 
@@ -19,7 +17,7 @@ from tiny import (
     make_shards,
     metrics,
     rae_xla,
-    wait_for,
+    train_and_kill,
 )
 
 from rae_xla.config import load_config
@@ -76,19 +74,7 @@ def test_a_checkpoint_is_a_published_file(runs, world):
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
 def test_killed_and_restarted_a_run_ends_with_the_same_bits(runs, world, stage):
     folder = results(world, f"killed-{stage}")
-    command = [sys.executable, "-m", "rae_xla", "train", stage, "--config", world[stage],
-               "--results-dir", folder]  # fmt: skip
-    process = subprocess.Popen(
-        list(map(str, command)), env=environment(), stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    try:
-        wait_for(
-            folder / "metrics.jsonl", lines=10
-        )  # reported a step late: the checkpoint of step 10 is there
-    finally:
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+    train_and_kill(stage, world[stage], folder)
     assert metrics(folder)[-1]["step"] < 20, "it was to be killed before its end"
     done = rae_xla("train", stage, "--config", world[stage], "--results-dir", folder)
     assert done.returncode == 0, done.stderr

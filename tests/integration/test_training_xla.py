@@ -3,14 +3,9 @@
 Each run is a process of its own, as a user would start it.
 """
 
-import os
-import signal
-import subprocess
-import sys
-
 import pytest
 import torch
-from tiny import environment, make_configs, make_shards, metrics, rae_xla, wait_for
+from tiny import make_configs, make_shards, metrics, rae_xla, train_and_kill
 
 pytestmark = pytest.mark.xla
 
@@ -72,19 +67,7 @@ def test_killed_and_restarted_a_run_ends_with_the_same_bits(world):
     common = ["runtime.backend=xla", *TOPOLOGIES["2 data x 2 fsdp"]]
     train(world, "stage2", "whole", *common)
     folder = world["folder"] / "killed"
-    command = [sys.executable, "-m", "rae_xla", "train", "stage2", "--config", world["stage2"],
-               "--results-dir", folder, *common]  # fmt: skip
-    process = subprocess.Popen(
-        list(map(str, command)), env=environment(), stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    try:
-        wait_for(
-            folder / "metrics.jsonl", lines=10
-        )  # reported a step late: the checkpoint of step 10 is there
-    finally:
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+    train_and_kill("stage2", world["stage2"], folder, *common)
     assert not (folder / "checkpoints/step-00000020.pt").exists()
     train(world, "stage2", "killed", *common)
     whole, resumed = (
@@ -94,6 +77,12 @@ def test_killed_and_restarted_a_run_ends_with_the_same_bits(world):
     for part in ("model", "ema", "optimizer"):
         for name, tensor in whole[part].items():
             assert torch.equal(tensor, resumed[part][name]), name
+
+
+def test_a_run_goes_on_on_another_backend(world, on_torch):
+    train(world, "stage2", "moved", "training.steps=10")
+    moved = train(world, "stage2", "moved", "runtime.backend=xla", *TOPOLOGIES["4 fsdp"])
+    same_losses(moved, on_torch)
 
 
 def test_sampling_on_xla_gives_the_pictures_of_plain_torch(world, on_torch):

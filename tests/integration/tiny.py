@@ -121,3 +121,22 @@ def wait_for(path: Path, lines: int) -> None:
             return
         time.sleep(0.005)
     raise TimeoutError(path)
+
+
+def train_and_kill(stage: str, config: Path, folder: Path, *overrides: str) -> None:
+    """Start a training and kill it when ``metrics.jsonl`` has the line of step 10.
+
+    Lines are written a step late, so the checkpoint of step 10 is there by then.
+    """
+    arguments = ["train", stage, "--config", config, "--results-dir", folder, *overrides]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rae_xla", *map(str, arguments)],
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        wait_for(folder / "metrics.jsonl", lines=10)
+    finally:
+        process.kill()
+        process.wait()
