@@ -57,7 +57,8 @@ def main() -> None:
 
     ours, lr, step = AdamW((0.9, 0.95), 1e-8, 0.0), torch.tensor(1e-3).to(device), torch.tensor(3)
     lists = [tensors() for _ in range(4)]
-    new = record(lambda: ours.update(*lists, lr, step.to(device)))
+    always = torch.tensor(True).to(device)
+    new = record(lambda: ours.update(*lists, lr, step.to(device), always))
     print(f"{count} parameters, ms to record a step")
     print(f"{'torch.optim.AdamW (capturable)':<32}{old:>8.1f}{1.0:>8.2f}")
     print(f"{'rae_xla.train.adamw':<32}{new:>8.1f}{new / old:>8.2f}")

@@ -160,7 +160,7 @@ def test_decoder_configs_give_the_published_decoders(size):
 def test_every_reference_schedule_can_be_said(row, write):
     path = write(yaml.safe_dump({"training": row["training_cfg"]}))
     training = load_config(path).training
-    schedule = make_schedule(training, row["steps_per_epoch"])
+    schedule = make_schedule(training.optimizer, training.scheduler, row["steps_per_epoch"])
     rates = torch.tensor([schedule(k) for k in range(200)])
     torch.testing.assert_close(rates, load_case("train/lr_schedules")[f"out.lr.{row['i']}"])
     assert list(training.optimizer.betas) == row["betas"]
@@ -504,3 +504,47 @@ def test_documentation_is_current():
     page = (ROOT / "docs/configuration.md").read_text()
     assert update(page) == page, "run: python -m rae_xla.config.document docs/configuration.md"
     assert update(page.replace("| `fsdp` |", "| `fdsp` |")) == page
+
+
+# ----------------------------------------------------------------------------- base
+
+
+def test_a_file_says_only_what_it_changes_of_its_base(write):
+    write("training: {epochs: 7, lr: 1.0e-3}\nmisc: {num_classes: 10}\n", "root.yaml")
+    write("base: root.yaml\ntraining: {optimizer: {lr: 2.0e-3}}\n", "middle.yaml")
+    top = write("base: middle.yaml\ntraining: {global_seed: 3}\n")
+    config = load_config(top, ["training.epochs=9"])
+    assert (config.training.epochs, config.training.optimizer.lr) == (9, 2e-3)
+    assert (config.training.global_seed, config.misc.num_classes) == (3, 10)
+
+
+def test_another_base_from_the_command_line(write):
+    write("training: {epochs: 1}\n", "one.yaml")
+    other = write("training: {epochs: 2}\n", "other.yaml")
+    top = write("base: one.yaml\ntraining: {global_seed: 3}\n")
+    assert load_config(top).training.epochs == 1
+    changed = load_config(top, [f"base={other}"]).training
+    assert (changed.epochs, changed.global_seed) == (2, 3)
+
+
+def test_a_base_that_cannot_be(write):
+    write("base: run.yaml\n", "b.yaml")
+    assert "for ever" in refusal(write("base: b.yaml\n"))
+    assert "no config file" in refusal(write("base: none.yaml\n"))
+    assert "expected the path" in refusal(write("base: [x.yaml]\n"))
+
+
+def test_every_ablation_changes_one_thing():
+    folder = ROOT / "configs" / "ablations" / "decoder"
+    base = load_config(folder / "base.yaml")
+    found = {p.stem: load_config(p).diff(base) for p in folder.glob("*.yaml")}
+    assert found.pop("base") == []
+    assert found.pop("digits") != []
+    assert found == {
+        "gan_off": ["gan.loss.disc_weight"],
+        "tau_0": ["stage_1.params.noise_tau"],
+        "lr_1e-4": ["training.scheduler.base_lr"],
+        "lr_4e-4": ["training.scheduler.base_lr"],
+        "lpips_0.5": ["gan.loss.perceptual_weight"],
+        "lpips_2": ["gan.loss.perceptual_weight"],
+    }

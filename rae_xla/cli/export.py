@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from rae_xla.cli.options import check_out_file
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
@@ -21,6 +23,7 @@ def run(args: argparse.Namespace) -> int:
     from rae_xla.interop.decoder import export_decoder
     from rae_xla.train.checkpoint import newest_checkpoint
 
+    check_out_file(args.out)
     checkpoint = newest_checkpoint(args.ckpt)
     count = export_decoder(checkpoint, args.out, args.weights)
     print(f"{args.out}: decoder of {checkpoint} ({args.weights}), {count:,} parameters")

@@ -22,6 +22,7 @@ VERBS = {
     "stats": "mean and variance of a data set's latents",
     "sample": "draw images from a trained diffusion transformer",
     "reconstruct": "send images through an autoencoder and back",
+    "evaluate": "measure reconstructions, or compare decoders",
     "export": "write a trained model as files of the published layout",
 }
 
@@ -34,13 +35,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"rae-xla: error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("rae-xla: interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
     except BrokenPipeError:
         # The reader (`| head`) has seen enough. Keep Python's own last flush from complaining.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
+    except OSError as error:
+        # a full disk, a folder that may not be written: the user's to mend, and no bug
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"rae-xla: error: {where}{error.strerror or error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("rae-xla: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
     return status
 
 

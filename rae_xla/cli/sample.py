@@ -30,6 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--batch-size", type=int, default=100, metavar="N", help="default: 100")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
+    parser.add_argument(
+        "--keep-latents",
+        action="store_true",
+        help="also write latents.npy, for `rae-xla evaluate decoders`",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -47,12 +52,13 @@ def run(args: argparse.Namespace) -> int:
     from rae_xla.sample.sample_set import claim_set, write_set
 
     labels = make_labels(args.labels, args.num_samples, config.misc.num_classes, args.seed)
-    claim_set(args.out, config, labels=args.labels, seed=args.seed, count=args.num_samples)
+    keep = {"keep_latents": args.keep_latents}
+    claim_set(args.out, config, labels=args.labels, seed=args.seed, count=args.num_samples, **keep)
     runtime = start(config.runtime, config.mesh, seed=config.training.global_seed)
     sampler = load_sampler(config, runtime)
     guidance = config.guidance
     how = f"{guidance.method} {guidance.scale:g}" if guidance.scale > 1 else "no guidance"
     print(f"{args.num_samples} samples, {how}, on {runtime.description}")
     batch = min(args.batch_size, args.num_samples)
-    print(f"{write_set(sampler, labels, seed=args.seed, batch=batch, out=args.out)}")
+    print(f"{write_set(sampler, labels, seed=args.seed, batch=batch, out=args.out, **keep)}")
     return 0

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import cast
 
-from rae_xla.cli.options import add_config, read_config
+from rae_xla.cli.options import add_config, check_out_file, read_config
 from rae_xla.errors import UserError
 
 
@@ -30,7 +30,8 @@ def run(args: argparse.Namespace) -> int:
     if config.stage_1 is None:
         raise UserError(f"{args.config} has no stage_1 section: it names the encoder to measure")
 
-    import torch
+    check_out_file(args.out)
+
     from tqdm import tqdm
 
     from rae_xla.data.shards import open_index
@@ -38,6 +39,7 @@ def run(args: argparse.Namespace) -> int:
     from rae_xla.data.transforms import CenterCrop
     from rae_xla.evaluate.latent_statistics import latent_moments
     from rae_xla.models.rae import RAE
+    from rae_xla.models.weights import write_torch_file
     from rae_xla.registry import instantiate
     from rae_xla.runtime import start
 
@@ -60,10 +62,7 @@ def run(args: argparse.Namespace) -> int:
         rae, runtime, tqdm(batches, total=-(-len(index) // batch_size), unit="batch")
     )
     if runtime.process_index == 0:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = args.out.with_name(args.out.name + ".unfinished")
-        torch.save({"mean": moments.mean.float(), "var": moments.variance.float()}, unfinished)
-        unfinished.replace(args.out)
+        write_torch_file({"mean": moments.mean.float(), "var": moments.variance.float()}, args.out)
         print(
             f"{args.out}: {tuple(moments.mean.shape)} over {moments.count:.0f} images; "
             f"mean {moments.mean.mean():.4f}, variance {moments.variance.mean():.4f} on average"

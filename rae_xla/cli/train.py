@@ -34,14 +34,11 @@ def run(args: argparse.Namespace) -> int:
     from rae_xla.runtime import start
     from rae_xla.train.folder import claim_folder
     from rae_xla.train.loop import train
-    from rae_xla.train.stage1 import make_stage1
-    from rae_xla.train.stage2 import make_stage2
 
     index = open_index(config.data.train)
     claim_folder(args.results_dir, config, index.fingerprint)
     runtime = start(config.runtime, config.mesh, seed=config.training.global_seed)
-    make_stage = make_stage1 if args.stage == "stage1" else make_stage2
-    checkpoint = train(config, runtime, index, make_stage, args.results_dir)
+    checkpoint = train(config, runtime, index, args.stage, args.results_dir)
     if runtime.process_index == 0:
         print(f"checkpoint: {checkpoint}")
     return 0

@@ -21,6 +21,7 @@ from rae_xla.config.sections import (
     TrackingConfig,
     TrainingConfig,
     TransportConfig,
+    WeightsConfig,
 )
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "TrackingConfig",
     "TrainingConfig",
     "TransportConfig",
+    "WeightsConfig",
     "check_mesh",
     "load_config",
 ]

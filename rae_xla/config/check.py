@@ -61,6 +61,8 @@ def check(config: RunConfig, origin: Origin) -> None:
         _check_labels(config, denoiser, origin)
         _check_guide(config, denoiser, origin)
     _check_time(config, origin)
+    _check_gan(config, origin)
+    _check_eval(config, origin)
 
 
 def _models(
@@ -84,6 +86,7 @@ _POSITIVE = (
     "training.batch_size",
     "training.grad_accum_steps",
     "training.log_every",
+    "training.max_skipped",
     "training.checkpoint_interval",
     "sampler.params.num_steps",
     "misc.num_classes",
@@ -93,6 +96,11 @@ _POSITIVE = (
     "checkpoint.keep_last",
     "runtime.devices",
     "eval.eval_interval",
+    "eval.num_images",
+    "eval.batch_size",
+    "gan.disc.arch.ks",
+    "gan.loss.disc_updates",
+    "gan.loss.max_d_weight",
 )
 
 
@@ -242,3 +250,41 @@ def _check_time(config: RunConfig, origin: Origin) -> None:
             f"{misc.time_dist_shift_base} is above the dimension {misc.time_dist_shift_dim}: the"
             " time shift sqrt(dim / base) must be at least 1 (none)",
         )
+
+
+def _check_gan(config: RunConfig, origin: Origin) -> None:
+    if config.gan is None:
+        return
+    loss, disc = config.gan.loss, config.gan.disc
+    for name in ("disc_weight", "perceptual_weight", "disc_start", "lpips_start"):
+        value = getattr(loss, name)
+        if value < 0:
+            _refuse(f"gan.loss.{name}", origin, f"expected 0 or more, got {value}")
+    if loss.disc_upd_start is not None and not 0 <= loss.disc_upd_start <= loss.disc_start:
+        _refuse(
+            "gan.loss.disc_upd_start",
+            origin,
+            f"epoch {loss.disc_upd_start}, but the decoder listens to the discriminator from"
+            f" disc_start {loss.disc_start} on, and it must have learned something by then",
+        )
+    if disc.arch.ks % 2 == 0:
+        _refuse("gan.disc.arch.ks", origin, f"expected an odd kernel size, got {disc.arch.ks}")
+    if disc.arch.norm_type not in ("bn", "gn"):
+        _refuse("gan.disc.arch.norm_type", origin, f"expected bn or gn, got {disc.arch.norm_type}")
+    if not 0 <= disc.augment.cutout < 1:
+        cutout = disc.augment.cutout
+        _refuse("gan.disc.augment.cutout", origin, f"expected 0 <= share < 1, got {cutout}")
+
+
+RECON_METRICS = ("psnr", "ssim", "lpips", "rfid")
+
+
+def _check_eval(config: RunConfig, origin: Origin) -> None:
+    if config.eval and not config.eval.metrics:
+        _refuse(
+            "eval.metrics", origin, "there is none: to train without evaluation write eval: null"
+        )
+    for name in config.eval.metrics if config.eval else ():
+        if name not in RECON_METRICS:
+            known = ", ".join(RECON_METRICS)
+            _refuse("eval.metrics", origin, f"there is no metric {name!r}; there are {known}")

@@ -1,7 +1,7 @@
 """A YAML file and ``key=value`` overrides into a :class:`RunConfig`.
 
-defaults < file < overrides, merged and interpolated by OmegaConf; older spellings are renewed
-first, what the models determine is filled in, and what cannot work is refused.
+defaults < base < file < overrides, merged and interpolated by OmegaConf; older spellings are
+renewed first, what the models determine is filled in, and what cannot work is refused.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     """Read the configuration of a run.
 
     Args:
-        path: a YAML file; None for the defaults alone.
-        overrides: ``key=value`` with dotted keys, such as ``training.optimizer.lr=1e-4``.
+        path: a YAML file; None for the defaults alone. Its key ``base`` names another file, beside
+            it, whose settings it changes.
+        overrides: ``key=value`` with dotted keys, such as ``training.optimizer.lr=1e-4``;
+            ``base=FILE`` puts another file in the place of the one that ``path`` is based on.
 
     Returns:
         the complete configuration, its derived keys filled in. Paths inside it are relative to
@@ -37,8 +39,9 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         UserError: a missing or malformed file, an unknown key, a wrong type, or settings that
             contradict each other.
     """
-    file = {} if path is None else add_present_names(_read(Path(path)), f"in {path}")
     changes = add_present_names(_parse(overrides), "on the command line")
+    base = changes.pop("base", None)
+    file = {} if path is None else _read_with_base(Path(path), base and Path(str(base)))
     origin = Origin(
         None if path is None else str(path), frozenset(_keys(file)), frozenset(_keys(changes))
     )
@@ -49,6 +52,23 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     config = fill_in(config, given, origin)
     check(config, origin)
     return config
+
+
+def _read_with_base(path: Path, base: Path | None = None, above: tuple[Path, ...] = ()) -> Tree:
+    """A file's tree in present names, upon those of ``base``, or of what it calls its base."""
+    tree = add_present_names(_read(path), f"in {path}")
+    named = tree.pop("base", None)
+    if named is not None and not isinstance(named, str):
+        raise UserError(f"base (in {path}): expected the path of a YAML file, got {named!r}")
+    if base is None and named is not None:
+        base = path.parent / named
+    if base is None:
+        return tree
+    chain = (*above, path.resolve())
+    if base.resolve() in chain:
+        raise UserError(f"base (in {path}): {base} is built on this file, and so on for ever")
+    merged = OmegaConf.merge(_read_with_base(base, None, chain), tree)
+    return cast(Tree, OmegaConf.to_container(merged, resolve=False))
 
 
 def _read(path: Path) -> Tree:

@@ -25,6 +25,7 @@ from rae_xla.config.sections import (
     TrackingConfig,
     TrainingConfig,
     TransportConfig,
+    WeightsConfig,
 )
 from rae_xla.config.targets import full_name
 
@@ -39,6 +40,7 @@ _NOT_IDENTITY: tuple[str, ...] = (
     "mesh",
     "checkpoint",
     "tracking",
+    "weights.inception",
     "data.train",
     "data.val",
     "data.num_workers",
@@ -50,6 +52,7 @@ _NOT_IDENTITY: tuple[str, ...] = (
     "training.epochs",
     "training.steps",
     "training.log_every",
+    "training.max_skipped",
     "training.checkpoint_interval",
     "training.sample_every",
     "training.num_samples",
@@ -69,6 +72,7 @@ class RunConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     eval: Annotated[EvalConfig | None, "evaluation while training; left out: none"] = None
     gan: Annotated[GanConfig | None, "LPIPS and GAN of stage 1; left out: L1 alone"] = None
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
     data: DataConfig = field(default_factory=DataConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)

@@ -143,6 +143,9 @@ class TrainingConfig:
     sample_every: Annotated[int, "steps between sample images; 0: none"] = 2500
     num_samples: Annotated[int, "images in each of them"] = 16
     clip_grad: Annotated[float | None, "largest gradient norm; null or 0: no clipping"] = 1.0
+    max_skipped: Annotated[
+        int, "steps in a row whose loss or gradient is not finite (they are skipped) that end a run"
+    ] = 10
     global_seed: Annotated[int, "seed of weights, order, noise and times"] = 0
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
@@ -154,9 +157,13 @@ class EvalConfig:
 
     eval_interval: Annotated[int, "steps between evaluations"] = 5000
     eval_model: Annotated[bool, "also evaluate the weights that are not averaged"] = False
-    data_path: Annotated[str | None, "validation images"] = None
-    reference_npz_path: Annotated[str | None, "reference images or their moments"] = None
-    metrics: Annotated[tuple[str, ...], "stage 1: `psnr`, `ssim`, `rfid`"] = (
+    data_path: Annotated[str | None, "validation shards; default: `data.val`"] = None
+    num_images: Annotated[int | None, "how many of them, from the first; default: all"] = None
+    batch_size: Annotated[int, "images at a time; no result depends on it"] = 64
+    reference_npz_path: Annotated[
+        str | None, "images or moments that rFID compares with; default: the validation images"
+    ] = None
+    metrics: Annotated[tuple[str, ...], "stage 1: `psnr`, `ssim`, `lpips`, `rfid`"] = (
         "psnr",
         "ssim",
         "rfid",
@@ -172,7 +179,10 @@ class DiscriminatorArch:
     norm_type: Annotated[str, "`bn` (per-sample batch norm) or `gn`"] = "bn"
     using_spec_norm: Annotated[bool, "spectral normalisation of the heads"] = True
     norm_eps: Annotated[float, "epsilon of the norm"] = 1e-6
-    recipe: Annotated[str, "backbone: `S_8`, `S_16`, `B_16`"] = "S_8"
+    recipe: Annotated[
+        str | dict[str, Any],
+        "backbone: `S_8`, `S_16`, `B_16`, or its depth, embed_dim, num_heads, patch_size",
+    ] = "S_8"
     key_depths: Annotated[tuple[int, ...] | None, "blocks that are tapped; default: recipe's"] = (
         None
     )
@@ -219,6 +229,15 @@ class GanConfig:
 
     disc: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
     loss: GanLossConfig = field(default_factory=GanLossConfig)
+
+
+@dataclass(frozen=True)
+class WeightsConfig:
+    """Files of the fixed networks in losses and metrics; null: what their own library downloads."""
+
+    vgg16: Annotated[str | None, "VGG16 of LPIPS, as torchvision has it"] = None
+    lpips: Annotated[str | None, "linear layers of LPIPS, as the lpips package has them"] = None
+    inception: Annotated[str | None, "Inception of FID, as torch-fidelity has it"] = None
 
 
 @dataclass(frozen=True)

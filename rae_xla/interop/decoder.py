@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from rae_xla.errors import UserError
-from rae_xla.models.weights import read_weight_file
+from rae_xla.models.weights import read_weight_file, write_torch_file
 
 PREFIX = "decoder."
 
@@ -38,8 +38,5 @@ def export_decoder(checkpoint: Path, out: Path, weights: str = "ema") -> int:
     }
     if not state:
         raise UserError(f"{checkpoint} holds no decoder: none of its names starts with {PREFIX!r}")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = out.with_name(out.name + ".unfinished")
-    torch.save(state, unfinished)
-    unfinished.replace(out)
+    write_torch_file(state, out)
     return sum(tensor.numel() for tensor in state.values())

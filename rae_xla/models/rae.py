@@ -141,10 +141,27 @@ class RAE(nn.Module):
                 f"RAE.encode takes images of shape (batch, {self.encoder_mean.shape[1]}, height, "
                 f"width), got {tuple(images.shape)}"
             )
-        images = resize_bicubic(images, self.encoder_input_size)
-        tokens = self.encoder((images - self.encoder_mean) / self.encoder_std)
+        tokens = self.encode_tokens(images)
         if self.training and self.noise_tau > 0:
-            tokens = self._add_noise(tokens, noise)
+            tokens = self.add_noise(tokens, noise)
+        return self.to_latents(tokens)
+
+    @torch.no_grad()
+    def encode_tokens(self, images: Tensor) -> Tensor:
+        """The encoder's tokens (B, N, C) of images (B, 3, H, W) in [0, 1], without noise."""
+        images = resize_bicubic(images, self.encoder_input_size)
+        return self.encoder((images - self.encoder_mean) / self.encoder_std)
+
+    def add_noise(self, tokens: Tensor, noise: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Tokens (B, N, C) with the noise of training, see ``encode``."""
+        if noise is None:
+            level = torch.rand(tokens.shape[0], 1, 1, dtype=tokens.dtype, device=tokens.device)
+            noise = level, torch.randn_like(tokens)
+        level, normal = noise
+        return tokens + self.noise_tau * level.reshape(-1, 1, 1) * normal
+
+    def to_latents(self, tokens: Tensor) -> Tensor:
+        """Tokens (B, N, C) laid out and normalised as latents."""
         if self.reshape_to_2d:
             tokens = tokens.transpose(1, 2).unflatten(2, (self.grid, self.grid))
         if self.latent_mean is not None:
@@ -174,13 +191,6 @@ class RAE(nn.Module):
     def forward(self, images: Tensor, noise: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Reconstruct images: ``decode(encode(images, noise))``."""
         return self.decode(self.encode(images, noise))
-
-    def _add_noise(self, tokens: Tensor, noise: tuple[Tensor, Tensor] | None) -> Tensor:
-        if noise is None:
-            level = torch.rand(tokens.shape[0], 1, 1, dtype=tokens.dtype, device=tokens.device)
-            noise = level, torch.randn_like(tokens)
-        level, normal = noise
-        return tokens + self.noise_tau * level.reshape(-1, 1, 1) * normal
 
     def _set_image_statistics(self, folder: str) -> None:
         mean, std = ([0.0] * 3, [1.0] * 3) if is_meta(self) else image_mean_std(folder)
@@ -257,8 +267,9 @@ def _load_decoder(decoder: ViTDecoder, path: str) -> None:
     if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
         kind = "a training checkpoint" if _is_checkpoint(state) else "not a state dict"
         raise UserError(
-            f"{what}: {path} is {kind}; it must hold the decoder's weights alone; export the "
-            "decoder from the checkpoint first, or give the checkpoint as stage_1.ckpt"
+            f"{what}: {path} is {kind}; it must hold the decoder's weights alone: `rae-xla "
+            f"export decoder --ckpt {path} --out decoder.pt` takes them out of the checkpoint; or "
+            "give that as stage_1.ckpt"
         )
     if any(key.startswith("decoder.") for key in state):
         raise UserError(

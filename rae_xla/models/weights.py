@@ -47,7 +47,26 @@ def read_torch_file(path: str | Path, what: str) -> Any:
         raise UserError(f"{what}: {path} cannot be read as a torch file ({reason})") from error
 
 
+def write_torch_file(content: Any, path: Path) -> None:
+    """Write a ``torch.save`` file; what stands under its name is whole.
+
+    Raises:
+        UserError: if it cannot be written; nothing is left behind.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".unfinished")
+    try:
+        torch.save(content, unfinished)
+        unfinished.replace(path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as the latter
+        unfinished.unlink(missing_ok=True)
+        reason = error if isinstance(error, OSError) else "no space left, or a limit on file sizes"
+        raise UserError(f"{path} cannot be written: {reason}") from error
+
+
 def _must_exist(path: Path, what: str) -> None:
+    if path.is_dir():
+        raise UserError(f"{what}: {path} is a folder; give a file")
     if not path.is_file():
         raise UserError(f"{what}: there is no file {path}")
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -98,6 +98,11 @@ class Draws:
         """(B, *shape) float32, uniform on [0, 1) in steps of 2^-24."""
         bits, _ = self._bits(purpose, math.prod(shape))
         return _unit(bits).reshape(-1, *shape)
+
+    def once(self, purpose: str, count: int) -> Tensor:
+        """(count,) float32, uniform on [0, 1): the same for the whole batch."""
+        key = replace(self, rows=self.step.reshape(1) * 0)
+        return key.uniform(purpose, (count,))[0]
 
     def normal(self, purpose: str, shape: tuple[int, ...] = ()) -> Tensor:
         """(B, *shape) float32, standard normal, by the Box-Muller transform (|z| < 5.9)."""

@@ -26,6 +26,8 @@ class TorchRuntime:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.mesh: MeshShape = resolve_mesh(data, fsdp, devices=1)
         self._precision = precision
+        if precision == "fp32":  # cuDNN's default for convolutions is TF32, of 10 bits
+            torch.backends.cudnn.allow_tf32 = False
         self._compile = compile_graphs
         name = torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU"
         self.description = f"1 torch device ({name}), {precision}"

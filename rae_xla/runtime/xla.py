@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch_xla._internal import tpu
 
 from rae_xla.runtime.interface import Batch, Fn
+from rae_xla.runtime.layer_norm import keep_norms_on_rows
 from rae_xla.runtime.mesh import AXES, resolve_mesh
 from rae_xla.runtime.sharding import FSDP_RULES, PartitionSpec, partition_spec
 
@@ -93,15 +94,15 @@ class XLARuntime:
                     child._buffers[name] = self._send(buffer, (), rows=False)
         for owner in {name.rpartition(".")[0] for name in waiting}:
             self._keep_rows_split(module.get_submodule(owner))
-        return module
+        return keep_norms_on_rows(module)
 
     def _keep_rows_split(self, module: nn.Module) -> None:
-        """Tell the compiler that what a linear layer returns stays split by rows, and its gradient.
+        """Tell the compiler that what a layer returns stays split by rows, and its gradient.
 
         Left to propagate, the weights' sharding spreads to the activations, which are then moved
         between devices at every layer.
         """
-        if not isinstance(module, nn.Linear):
+        if not isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)):
             return
 
         def annotate(tensor: Tensor) -> Tensor:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rae_xla.errors import UserError
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from rae_xla.config import RunConfig
 
 Progress = Callable[[int, int], None]
+Latents = NDArray[np.float32]
 
 
 class ImageSampler:
@@ -43,7 +46,11 @@ class ImageSampler:
         self._transport = make_transport(config)
         self._shape = rae.latent_size
 
-    @torch.no_grad()
+    @property
+    def latent_size(self) -> tuple[int, int, int]:
+        """Shape (C, h, w) of one picture's latents."""
+        return self._shape
+
     def __call__(
         self, seed: int, rows: Tensor, labels: Tensor, progress: Progress | None = None
     ) -> Pixels:
@@ -58,6 +65,26 @@ class ImageSampler:
         Returns:
             (B, H, W, 3) uint8.
         """
+        return self._draw(seed, rows, labels, progress, keep_latents=False)["pixels"].numpy()
+
+    def with_latents(self, seed: int, rows: Tensor, labels: Tensor) -> tuple[Pixels, Latents]:
+        """Draw one batch; also its latents (B, C, h, w) float32, normalised, as they were decoded.
+
+        The pictures are those of a plain call.
+        """
+        drawn = self._draw(seed, rows, labels, None, keep_latents=True)
+        return drawn["pixels"].numpy(), drawn["latents"].float().numpy()
+
+    @torch.no_grad()
+    def _draw(
+        self,
+        seed: int,
+        rows: Tensor,
+        labels: Tensor,
+        progress: Progress | None,
+        *,
+        keep_latents: bool,
+    ) -> dict[str, Tensor]:
         runtime, shape = self._runtime, self._shape
         for module in (self._rae, self._model, self._guide):
             if module is not None:
@@ -81,7 +108,8 @@ class ImageSampler:
         latents = self._solve(
             draws_of(0), batch["labels"], lambda step, _: draws_of(step + 1), progress
         )
-        return runtime.to_host({"pixels": decode(latents)})["pixels"].numpy()[:count]
+        results = {"pixels": decode(latents)} | ({"latents": latents} if keep_latents else {})
+        return {name: whole[:count] for name, whole in runtime.to_host(results).items()}
 
     def _solve(
         self,

@@ -58,5 +58,9 @@ def to_grid(pixels: Pixels, columns: int, gap: int = 2, captions: Sequence[str] 
 def save_png(path: Path, pixels: Pixels) -> None:
     """Write one picture (H, W, 3); a file that is there is whole."""
     unfinished = path.with_name(path.name + ".unfinished")
-    Image.fromarray(pixels).save(unfinished, format="png")
-    unfinished.replace(path)
+    try:
+        Image.fromarray(pixels).save(unfinished, format="png")
+        unfinished.replace(path)
+    except OSError:
+        unfinished.unlink(missing_ok=True)
+        raise

@@ -10,9 +10,13 @@ for the 382 of DiT-DH-XL. The same arithmetic in list operations costs a fifth o
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from rae_xla.config import OptimizerConfig
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,11 @@ class AdamW:
     eps: float
     weight_decay: float
 
+    @classmethod
+    def of(cls, settings: OptimizerConfig) -> AdamW:
+        """The optimizer a section of the configuration describes."""
+        return cls(settings.betas, settings.eps, settings.weight_decay)
+
     @torch.no_grad()
     def update(
         self,
@@ -38,6 +47,7 @@ class AdamW:
         second: list[Tensor],
         lr: Tensor,
         step: Tensor,
+        where: Tensor,
     ) -> None:
         """Update parameters and moments in place.
 
@@ -48,15 +58,20 @@ class AdamW:
             second: their second moments, zeros at first.
             lr: 0-d, the learning rate of this step.
             step: 0-d, how many steps were taken before.
+            where: 0-d bool; false leaves parameters and moments as they are, whatever the
+                gradients hold.
         """
         beta1, beta2 = self.betas
         count = step.to(torch.float32) + 1
         # sqrt(second / bias2) + eps, with bias1 and the rate taken into one factor
         root_bias2 = torch.sqrt(1 - beta2**count)
+        lr = torch.where(where, lr, 0.0)
         rate = lr / (1 - beta1**count)
-        torch._foreach_mul_(first, beta1)
+        # A step is left out by what it multiplies with: no second copy of the state is made.
+        gradients = [torch.where(where, gradient, 0.0) for gradient in gradients]
+        torch._foreach_mul_(first, torch.where(where, beta1, 1.0))
         torch._foreach_add_(first, gradients, alpha=1 - beta1)
-        torch._foreach_mul_(second, beta2)
+        torch._foreach_mul_(second, torch.where(where, beta2, 1.0))
         torch._foreach_add_(second, torch._foreach_mul(gradients, gradients), alpha=1 - beta2)
         scale = torch._foreach_sqrt(second)
         torch._foreach_div_(scale, root_bias2)

@@ -40,9 +40,11 @@ def open_stream(
 
 
 def step_batches(
-    stream: SampleStream, schedule: Callable[[int], float], start: int, stop: int
+    stream: SampleStream, inputs: Callable[[int], dict[str, Tensor]], start: int, stop: int
 ) -> Iterator[Batch]:
-    """Host batches of the steps from ``start`` to ``stop``, see ``make_train_step``."""
+    """Host batches of the steps from ``start`` to ``stop``, see ``Step``; ``inputs`` gives what a
+    step is told besides.
+    """
     rows = torch.arange(stream.first, stream.last, dtype=torch.int32)
     for step, batch in zip(range(start, stop), stream.batches(start), strict=False):
         yield {
@@ -50,8 +52,7 @@ def step_batches(
             "label": batch["label"],
             "row": rows,
             "step": torch.tensor(step, dtype=torch.int32),
-            "lr": torch.tensor(schedule(step), dtype=torch.float32),
-        }
+        } | inputs(step)
 
 
 def first_images(index: ShardIndex, count: int, size: int) -> Tensor:

@@ -32,6 +32,11 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in found if _NAME.fullmatch(path.name))
 
 
+def checkpoint_step(path: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(path.stem.removeprefix("step-"))
+
+
 def newest_checkpoint(path: Path) -> Path:
     """A checkpoint file itself, or the newest one of a results folder.
 

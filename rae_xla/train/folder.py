@@ -26,6 +26,8 @@ def claim_folder(folder: Path, config: RunConfig, data: str) -> None:
         UserError: when it holds another run, when the run must not be resumed, or when it cannot
             be written.
     """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--results-dir {folder} is a file: give a folder")
     saved, known = folder / CONFIG_FILE, folder / DATA_FILE
     if list_checkpoints(folder):
         if saved.exists():

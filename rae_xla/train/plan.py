@@ -19,6 +19,7 @@ class Plan:
     log_every: int
     sample_every: int
     checkpoint_every: int
+    eval_every: int
 
     def due(self, every: int, step: int) -> bool:
         """Whether something done every so many steps, and at the end, is due after ``step``."""
@@ -36,4 +37,5 @@ def make_plan(config: RunConfig, per_epoch: int, global_batch: int) -> Plan:
         log_every=training.log_every,
         sample_every=training.sample_every,
         checkpoint_every=every if every else training.checkpoint_interval * per_epoch,
+        eval_every=config.eval.eval_interval if config.eval is not None else 0,
     )

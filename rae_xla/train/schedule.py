@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rae_xla.config import TrainingConfig
+    from rae_xla.config import OptimizerConfig, SchedulerConfig
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,11 @@ class Schedule:
         return self.base_lr + (self.final_lr - self.base_lr) * progress
 
 
-def make_schedule(training: TrainingConfig, steps_per_epoch: int) -> Schedule:
-    """The schedule a run's ``training`` section describes; durations in epochs become steps."""
-    scheduler = training.scheduler
-    base_lr = training.optimizer.lr if scheduler.base_lr is None else scheduler.base_lr
+def make_schedule(
+    optimizer: OptimizerConfig, scheduler: SchedulerConfig, steps_per_epoch: int
+) -> Schedule:
+    """The schedule two sections of a run describe; durations in epochs become steps."""
+    base_lr = optimizer.lr if scheduler.base_lr is None else scheduler.base_lr
 
     def steps(in_steps: int | None, in_epochs: float | None) -> int:
         return in_steps if in_steps is not None else int((in_epochs or 0) * steps_per_epoch)

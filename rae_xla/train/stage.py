@@ -2,35 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping
+from typing import Protocol
 
-import numpy as np
 from torch import Tensor, nn
 
-from rae_xla.train.step import LossFn
+from rae_xla.sample.pictures import Pixels
+from rae_xla.train.state import TrainState
+from rae_xla.train.step import Step
 
 StateDict = Mapping[str, Tensor]
 
 
-@dataclass(frozen=True)
-class Stage:
+class Stage(Protocol):
     """One stage of one run, built on the CPU.
 
-    Attributes:
-        name: ``stage1`` or ``stage2``, for people.
-        model: what is trained.
-        frozen: a module the losses use besides; it may contain ``model``.
-        losses: per-sample losses of a batch, by ``model``.
-        publish: from a state dict of ``model`` to the one the published checkpoints hold.
-        unpublish: the way back.
-        preview: from the averaged model to a picture, (H, W, 3) uint8, for people to look at.
+    Raises:
+        UserError: on construction, where configuration, data and files do not allow it.
     """
 
-    name: str
-    model: nn.Module
-    frozen: nn.Module
-    losses: LossFn
-    publish: Callable[[StateDict], dict[str, Tensor]]
-    unpublish: Callable[[StateDict], dict[str, Tensor]]
-    preview: Callable[[nn.Module], np.ndarray]
+    @property
+    def model(self) -> nn.Module:
+        """What is trained, and averaged."""
+        ...
+
+    @property
+    def disc(self) -> nn.Module | None:
+        """A discriminator that is trained beside it."""
+        ...
+
+    @property
+    def frozen(self) -> nn.Module:
+        """What the losses use besides; it may contain ``model``."""
+        ...
+
+    def phase(self, step: int) -> Hashable:
+        """What kind of step number ``step`` is (from 0). Each kind is compiled once."""
+        ...
+
+    def make_step(self, phase: Hashable, state: TrainState) -> Step:
+        """The step of a phase, not yet compiled."""
+        ...
+
+    def inputs(self, step: int) -> dict[str, Tensor]:
+        """What this step is told besides its data: 0-d tensors, ``lr`` among them."""
+        ...
+
+    def publish(self, state: StateDict) -> dict[str, Tensor]:
+        """From a state dict of ``model`` to the one the published checkpoints hold."""
+        ...
+
+    def unpublish(self, state: StateDict) -> dict[str, Tensor]:
+        """The way back."""
+        ...
+
+    def preview(self, state: TrainState) -> Pixels:
+        """A picture, (H, W, 3) uint8, of what the model can do by now."""
+        ...
+
+    def evaluate(self, state: TrainState) -> dict[str, float]:
+        """Figures of quality, by name (``eval/psnr``)."""
+        ...

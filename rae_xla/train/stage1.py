@@ -2,83 +2,202 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
+from rae_xla.config import GanConfig
 from rae_xla.data.shards import ShardIndex
 from rae_xla.errors import UserError
+from rae_xla.models.dino_vit import HUB_FILE, HUB_REPOSITORY, load_dino, resolve_recipe
+from rae_xla.models.discriminator import DinoDiscriminator
+from rae_xla.models.lpips import load_lpips
 from rae_xla.models.rae import RAE
 from rae_xla.registry import instantiate
-from rae_xla.runtime import Batch, Runtime
-from rae_xla.runtime.random import Draws
-from rae_xla.sample.pictures import Pixels, to_grid, to_unit
+from rae_xla.runtime import Runtime
+from rae_xla.sample.pictures import Pixels, to_grid
 from rae_xla.sample.reconstruct import make_reconstruct, with_decoder
 from rae_xla.train.batches import first_images
-from rae_xla.train.stage import Stage, StateDict
+from rae_xla.train.evaluation import ReconstructionEvaluator
+from rae_xla.train.gan_step import Networks, Phase, disc_rate, make_gan_step
+from rae_xla.train.schedule import make_schedule
+from rae_xla.train.stage import StateDict
+from rae_xla.train.state import TrainState
+from rae_xla.train.step import Step
 
 if TYPE_CHECKING:
     from rae_xla.config import RunConfig
 
 
-def make_stage1(config: RunConfig, runtime: Runtime, index: ShardIndex) -> Stage:
-    """Build stage 1: L1 between an image and its reconstruction from noised latents.
+class Stage1:
+    """L1, LPIPS and a GAN between an image and its reconstruction from noised latents.
+
+    See ``Stage``.
 
     Raises:
-        UserError: when the decoder does not return images of ``data.image_size``, or the
-            configuration asks for losses that are not built yet.
+        UserError: when the decoder does not return images of ``data.image_size``, or a file that
+            the losses need is missing.
     """
-    if config.stage_1 is None:
-        raise UserError("stage 1 trains the decoder of a stage_1 section, and there is none")
-    _refuse_gan(config)
-    rae = cast("RAE", instantiate(config.stage_1)).train()
-    if rae.image_size != config.data.image_size:
-        raise UserError(
-            f"the decoder returns images of {rae.image_size} px but data.image_size is "
-            f"{config.data.image_size}: the loss compares the two pixel by pixel. Set "
-            f"data.image_size={rae.image_size} or another stage_1.params.decoder_patch_size"
+
+    def __init__(
+        self, config: RunConfig, runtime: Runtime, index: ShardIndex, steps_per_epoch: int
+    ) -> None:
+        if config.stage_1 is None:
+            raise UserError("stage 1 trains the decoder of a stage_1 section, and there is none")
+        self._config, self._runtime = config, runtime
+        self._gan = config.gan or GanConfig()
+        self._rae = cast("RAE", instantiate(config.stage_1)).train()
+        if self._rae.image_size != config.data.image_size:
+            raise UserError(
+                f"the decoder returns images of {self._rae.image_size} px but data.image_size is "
+                f"{config.data.image_size}: the loss compares the two pixel by pixel. Set "
+                f"data.image_size={self._rae.image_size} or another "
+                "stage_1.params.decoder_patch_size"
+            )
+        self._timetable = _Timetable(self._gan, steps_per_epoch)
+        self._set_schedules(steps_per_epoch)
+        weights, loss = config.weights, self._gan.loss
+        self._lpips = load_lpips(weights.vgg16, weights.lpips) if loss.perceptual_weight else None
+        self._disc = make_discriminator(self._gan) if loss.disc_weight else None
+        self.model = self._rae.decoder
+        self.disc = self._disc
+        self.frozen = nn.ModuleDict({"rae": self._rae})
+        if self._lpips is not None:
+            self.frozen["lpips"] = self._lpips
+        if self._disc is not None:
+            self.frozen["backbone"] = self._disc.backbone
+        count = min(config.training.num_samples, len(index))
+        self._shown = first_images(index, count, config.data.image_size)
+        self._evaluate = None
+        if config.eval is not None:
+            self._evaluate = ReconstructionEvaluator(
+                config, runtime, self._rae.image_size, self._lpips
+            )
+
+    def _set_schedules(self, steps_per_epoch: int) -> None:
+        training, disc = self._config.training, self._gan.disc
+        self._schedule = make_schedule(training.optimizer, training.scheduler, steps_per_epoch)
+        self._disc_schedule = make_schedule(disc.optimizer, disc.scheduler, steps_per_epoch)
+
+    def phase(self, step: int) -> Hashable:
+        """Which losses have begun."""
+        return self._timetable.phase(step)
+
+    def inputs(self, step: int) -> dict[str, Tensor]:
+        """Learning rates, and how often the discriminator was updated before.
+
+        Its schedule counts its own updates, so its warm-up begins when it does.
+        """
+        inputs = {"lr": torch.tensor(self._schedule(step), dtype=torch.float32)}
+        if self._timetable.phase(step).disc:
+            count = self._timetable.disc_count(step)
+            inputs["disc_count"] = torch.tensor(count, dtype=torch.int32)
+            for number in range(self._gan.loss.disc_updates):
+                rate = self._disc_schedule(count + number)
+                inputs[disc_rate(number)] = torch.tensor(rate, dtype=torch.float32)
+        return inputs
+
+    def make_step(self, phase: Hashable, state: TrainState) -> Step:
+        """The decoder's update, and from its phase on the discriminator's."""
+        return make_gan_step(
+            Networks(self._rae, self._lpips, self._disc),
+            state,
+            cast("Phase", phase),
+            self._config.training,
+            self._gan,
+            self._runtime.autocast,
         )
-    count = min(config.training.num_samples, len(index))
-    shown = first_images(index, count, config.data.image_size)
 
-    def losses(batch: Batch, draws: Draws) -> Tensor:
-        images = to_unit(batch["image"])
-        noise = None
-        if rae.noise_tau > 0:
-            tokens = (rae.num_tokens, rae.latent_size[0])
-            noise = draws.uniform("noise level"), draws.normal("latent noise", tokens)
-        return l1(rae(images, noise), images)
+    def publish(self, state: StateDict) -> dict[str, Tensor]:
+        """The whole RAE: the encoder as it always was, and this decoder."""
+        encoder = self._runtime.to_host(self._rae.encoder.state_dict())
+        return _under("encoder", encoder) | _under("decoder", state)
 
-    def publish(decoder: StateDict) -> dict[str, Tensor]:
-        encoder = runtime.to_host(rae.encoder.state_dict())
-        return _under("encoder", encoder) | _under("decoder", decoder)
-
-    def unpublish(whole: StateDict) -> dict[str, Tensor]:
+    def unpublish(self, state: StateDict) -> dict[str, Tensor]:
+        """The decoder's part."""
         start = "decoder."
-        return {k.removeprefix(start): v for k, v in whole.items() if k.startswith(start)}
+        return {k.removeprefix(start): v for k, v in state.items() if k.startswith(start)}
 
-    def preview(decoder: nn.Module) -> Pixels:
-        made = make_reconstruct(with_decoder(rae, decoder), runtime)(shown)
-        real = shown.permute(0, 2, 3, 1).numpy()
-        return to_grid(np.concatenate([real, made]), columns=count)
+    def preview(self, state: TrainState) -> Pixels:
+        """The first images, what the decoder makes of them, what its average does, and how far that
+        is from them.
+        """
+        real = self._shown.permute(0, 2, 3, 1).numpy()
+        made, averaged = (
+            make_reconstruct(with_decoder(self._rae, decoder), self._runtime)(self._shown)
+            for decoder in (state.model.module, state.ema)
+        )
+        difference = 4 * np.abs(real.astype(np.int32) - averaged.astype(np.int32))
+        rows = [real, made, averaged, difference.clip(max=255).astype(np.uint8)]
+        captions = ("input", "decoder", "average", "error x 4")
+        return to_grid(np.concatenate(rows), columns=len(real), captions=captions)
 
-    return Stage("stage1", rae.decoder, rae, losses, publish, unpublish, preview)
+    def evaluate(self, state: TrainState) -> dict[str, float]:
+        """Quality of the averaged decoder's reconstructions, and of the decoder's if asked for."""
+        if self._evaluate is None:
+            return {}
+        decoders = {"eval": state.ema}
+        if self._config.eval is not None and self._config.eval.eval_model:
+            decoders["eval_model"] = state.model.module
+        return {
+            f"{prefix}/{name}": value
+            for prefix, decoder in decoders.items()
+            for name, value in self._evaluate(with_decoder(self._rae, decoder)).items()
+        }
 
 
-def l1(reconstruction: Tensor, images: Tensor) -> Tensor:
-    """Mean absolute difference of each image: two of (B, 3, H, W) in [0, 1] to (B,)."""
-    return (reconstruction.float() - images).abs().flatten(1).mean(1)
+class _Timetable:
+    """When which loss begins, in steps."""
+
+    def __init__(self, gan: GanConfig, steps_per_epoch: int) -> None:
+        loss = gan.loss
+        learns = loss.disc_start if loss.disc_upd_start is None else loss.disc_upd_start
+        self._lpips, self._gan, self._disc = (
+            int(epoch * steps_per_epoch) for epoch in (loss.lpips_start, loss.disc_start, learns)
+        )
+        self._loss = loss
+
+    def phase(self, step: int) -> Phase:
+        loss = self._loss
+        return Phase(
+            lpips=loss.perceptual_weight > 0 and step >= self._lpips,
+            gan=loss.disc_weight > 0 and step >= self._gan,
+            disc=loss.disc_weight > 0 and step >= self._disc,
+        )
+
+    def disc_count(self, step: int) -> int:
+        """Updates of the discriminator before a step."""
+        return max(0, step - self._disc) * self._loss.disc_updates
+
+
+def make_discriminator(gan: GanConfig) -> DinoDiscriminator:
+    """The discriminator of a configuration: frozen backbone from its file, fresh heads."""
+    arch = gan.disc.arch
+    if arch.dino_ckpt_path is None:
+        raise UserError(
+            "gan.disc.arch.dino_ckpt_path is missing: the file of the discriminator's backbone "
+            f"(hf download {HUB_REPOSITORY} {HUB_FILE} --local-dir models); or train without a "
+            "discriminator: gan.loss.disc_weight=0"
+        )
+    depth = resolve_recipe(arch.recipe).depth
+    if arch.key_depths is not None and not all(0 <= key < depth for key in arch.key_depths):
+        raise UserError(
+            f"gan.disc.arch.key_depths {list(arch.key_depths)}: the backbone has the blocks 0 to "
+            f"{depth - 1}"
+        )
+    return DinoDiscriminator(
+        # as published, the heads' epsilon is the backbone's too
+        load_dino(arch.dino_ckpt_path, arch.recipe, norm_eps=arch.norm_eps),
+        ks=arch.ks,
+        key_depths=arch.key_depths,
+        norm_type=arch.norm_type,
+        using_spec_norm=arch.using_spec_norm,
+        norm_eps=arch.norm_eps,
+    )
 
 
 def _under(name: str, state: StateDict) -> dict[str, Tensor]:
     return {f"{name}.{k}": v for k, v in state.items()}
-
-
-def _refuse_gan(config: RunConfig) -> None:
-    loss = config.gan.loss if config.gan is not None else None
-    if loss is not None and (loss.disc_weight > 0 or loss.perceptual_weight > 0):
-        raise UserError(
-            "stage 1 trains with the L1 loss alone so far: LPIPS and the discriminator are not "
-            "built yet. Set gan.loss.disc_weight=0 gan.loss.perceptual_weight=0 to train without"
-        )

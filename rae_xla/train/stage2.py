@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rae_xla.data.shards import ShardIndex
 from rae_xla.errors import UserError
@@ -16,45 +17,89 @@ from rae_xla.runtime import Batch, Runtime
 from rae_xla.runtime.random import Draws
 from rae_xla.sample.generate import ImageSampler, make_transport
 from rae_xla.sample.pictures import Pixels, to_grid, to_unit
-from rae_xla.train.stage import Stage
+from rae_xla.train.adamw import AdamW
+from rae_xla.train.schedule import make_schedule
+from rae_xla.train.stage import StateDict
+from rae_xla.train.state import TrainState
+from rae_xla.train.step import Step, make_train_step
 
 if TYPE_CHECKING:
     from rae_xla.config import RunConfig
 
 
-def make_stage2(config: RunConfig, runtime: Runtime, index: ShardIndex) -> Stage:
-    """Build stage 2: flow matching on the latents of a frozen RAE.
+class Stage2:
+    """Flow matching on the latents of a frozen RAE; see ``Stage``.
 
     Raises:
         UserError: when a section is missing or the shards hold labels the model has no class for.
     """
-    if config.stage_1 is None or config.stage_2 is None:
-        raise UserError("stage 2 needs both a stage_1 section (the RAE) and a stage_2 section")
-    index.check_labels(config.misc.num_classes)
-    rae = cast("RAE", instantiate(config.stage_1)).eval().requires_grad_(False)
-    model = instantiate(config.stage_2).train()
-    transport = make_transport(config)
-    dropout = float(config.stage_2.params.get("class_dropout_prob", 0.1))
 
-    def losses(batch: Batch, draws: Draws) -> Tensor:
-        latents = rae.encode(to_unit(batch["image"])).float()
-        labels = {"y": batch["label"], "label_drop": draws.uniform("label dropout") < dropout}
-        return transport.training_losses(
-            model,
+    def __init__(
+        self, config: RunConfig, runtime: Runtime, index: ShardIndex, steps_per_epoch: int
+    ) -> None:
+        if config.stage_1 is None or config.stage_2 is None:
+            raise UserError("stage 2 needs both a stage_1 section (the RAE) and a stage_2 section")
+        index.check_labels(config.misc.num_classes)
+        self._config, self._runtime = config, runtime
+        training = config.training
+        self._schedule = make_schedule(training.optimizer, training.scheduler, steps_per_epoch)
+        self._transport = make_transport(config)
+        self._label_dropout = float(config.stage_2.params.get("class_dropout_prob", 0.1))
+        self.frozen = cast("RAE", instantiate(config.stage_1)).eval().requires_grad_(False)
+        self.model = instantiate(config.stage_2).train()
+        self.disc = None
+
+    def phase(self, step: int) -> Hashable:
+        """Every step is of one kind."""
+        return "flow matching"
+
+    def inputs(self, step: int) -> dict[str, Tensor]:
+        """The learning rate."""
+        return {"lr": torch.tensor(self._schedule(step), dtype=torch.float32)}
+
+    def make_step(self, phase: Hashable, state: TrainState) -> Step:
+        """Flow matching, AdamW, EMA."""
+        training = self._config.training
+        return make_train_step(
+            self._losses,
+            state,
+            AdamW.of(training.optimizer),
+            seed=training.global_seed,
+            ema_decay=training.ema_decay,
+            clip_grad=training.clip_grad,
+            accumulate=training.grad_accum_steps,
+            autocast=self._runtime.autocast,
+        )
+
+    def _losses(self, batch: Batch, draws: Draws) -> Tensor:
+        latents = self.frozen.encode(to_unit(batch["image"])).float()
+        dropped = draws.uniform("label dropout") < self._label_dropout
+        return self._transport.training_losses(
+            self.model,
             latents,
-            labels,
-            t=transport.sample_times(draws.uniform("time")),
+            {"y": batch["label"], "label_drop": dropped},
+            t=self._transport.sample_times(draws.uniform("time")),
             noise=draws.normal("noise", latents.shape[1:]),
         )["loss"]
 
-    count = config.training.num_samples
-    # the previews show what the model has learned, so they are drawn without guidance
-    plain = replace(config, guidance=replace(config.guidance, scale=1.0))
+    def publish(self, state: StateDict) -> dict[str, Tensor]:
+        """As it is."""
+        return dict(state)
 
-    def preview(ema: nn.Module) -> Pixels:
+    def unpublish(self, state: StateDict) -> dict[str, Tensor]:
+        """As it is."""
+        return dict(state)
+
+    def preview(self, state: TrainState) -> Pixels:
+        """Samples of the averaged model, without guidance: what the model itself has learned."""
+        config = self._config
+        plain = replace(config, guidance=replace(config.guidance, scale=1.0))
+        count = config.training.num_samples
         labels = torch.arange(count) % config.misc.num_classes
         rows = torch.arange(count, dtype=torch.int32)
-        sampler = ImageSampler(plain, runtime, rae, ema)
+        sampler = ImageSampler(plain, self._runtime, self.frozen, state.ema)
         return to_grid(sampler(config.training.global_seed, rows, labels), columns=count)
 
-    return Stage("stage2", model, rae, losses, dict, dict, preview)
+    def evaluate(self, state: TrainState) -> dict[str, float]:
+        """None yet: generated images are judged by ``rae-xla sample`` and tools of the field."""
+        return {}

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rae_xla.errors import UserError
 from rae_xla.models.weights import load_strict
 from rae_xla.runtime import Runtime
 
@@ -17,24 +18,20 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass
-class TrainState:
-    """The state of a run, on the devices.
+class Trained:
+    """A module on the devices and the state of the optimizer that trains it.
 
     Attributes:
-        model: what is trained; parameters with ``requires_grad=False`` stay as they are.
-        ema: a second copy, the exponential moving average that is sampled and published.
+        module: parameters with ``requires_grad=False`` stay as they are.
         moments: AdamW's, ``exp_avg`` and ``exp_avg_sq``, each by the names of what is trained.
-        step: optimizer steps taken.
     """
 
-    model: nn.Module
-    ema: nn.Module
+    module: nn.Module
     moments: dict[str, dict[str, Tensor]]
-    step: int
 
-    def trained(self) -> dict[str, nn.Parameter]:
+    def parameters(self) -> dict[str, nn.Parameter]:
         """The parameters the optimizer updates, by name."""
-        return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        return {n: p for n, p in self.module.named_parameters() if p.requires_grad}
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
         """The optimizer's state, ``<parameter>/<moment>`` -> tensor."""
@@ -45,13 +42,31 @@ class TrainState:
         }
 
 
+@dataclass
+class TrainState:
+    """The state of a run, on the devices.
+
+    Attributes:
+        model: what is trained.
+        ema: a second copy, the exponential moving average that is sampled and published.
+        step: optimizer steps taken.
+        disc: the discriminator, where there is one.
+    """
+
+    model: Trained
+    ema: nn.Module
+    step: int
+    disc: Trained | None = None
+
+
 def make_state(
     model: nn.Module,
     runtime: Runtime,
     saved: Mapping[str, Any] | None = None,
     where: str = "checkpoint",
+    disc: nn.Module | None = None,
 ) -> TrainState:
-    """Put a freshly built model on the devices with its EMA and moments, or restore all three.
+    """Put freshly built models on the devices with EMA and moments, or restore all of it.
 
     Everything is there before the first step: made lazily inside it, it would change the graph of
     the second.
@@ -59,8 +74,10 @@ def make_state(
     Args:
         model: on the CPU; its parameters are replaced by placed ones.
         runtime: where to.
-        saved: ``model``, ``ema``, ``optimizer`` (host tensors) and ``step`` from a checkpoint.
+        saved: ``model``, ``ema``, ``optimizer`` (host tensors) and ``step`` from a checkpoint; with
+            a discriminator ``disc`` and ``disc_optimizer`` too.
         where: what to call that checkpoint in an error.
+        disc: a discriminator that is trained beside, on the CPU.
 
     Raises:
         UserError: when the checkpoint is of another model.
@@ -69,16 +86,32 @@ def make_state(
     if saved is not None:
         load_strict(model, saved["model"], where)
         load_strict(ema, saved["ema"], where)
+        if disc is not None:
+            if "disc" not in saved or "disc_optimizer" not in saved:
+                raise UserError(f"{where} has no discriminator, but this run trains one")
+            load_strict(disc, saved["disc"], where)
     runtime.place(model)
     runtime.place(ema.requires_grad_(False).eval())
-    state = TrainState(model, ema, {}, step=0 if saved is None else int(saved["step"]))
+    trained = _with_moments(model, runtime, saved and saved["optimizer"])
+    state = TrainState(trained, ema, step=0 if saved is None else int(saved["step"]))
+    if disc is not None:
+        runtime.place(disc)
+        state.disc = _with_moments(disc, runtime, saved and saved["disc_optimizer"])
+    return state
+
+
+def _with_moments(
+    module: nn.Module, runtime: Runtime, saved: Mapping[str, Tensor] | None
+) -> Trained:
+    """A placed module with its moments, zeros or restored, split as its parameters are."""
+    trained = Trained(module, {})
     for moment in MOMENTS:
         host = {
-            name: torch.zeros(p.shape) if saved is None else saved["optimizer"][f"{name}/{moment}"]
-            for name, p in state.trained().items()
+            name: torch.zeros(p.shape) if saved is None else saved[f"{name}/{moment}"]
+            for name, p in trained.parameters().items()
         }
-        state.moments[moment] = runtime.place_tensors(host)
-    return state
+        trained.moments[moment] = runtime.place_tensors(host)
+    return trained
 
 
 @torch.no_grad()

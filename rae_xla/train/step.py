@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,13 +13,32 @@ from torch import Tensor
 from rae_xla.runtime import Batch
 from rae_xla.runtime.random import Draws
 from rae_xla.train.adamw import AdamW
-from rae_xla.train.state import MOMENTS, TrainState, update_ema
+from rae_xla.train.state import Trained, TrainState, update_ema
 
 LossFn = Callable[[Batch, Draws], Tensor]
 """Per-sample losses (rows,) of a batch, given the draws of its rows."""
 
-METRICS = ("train/loss", "train/grad_norm")
-"""What the vector returned by a train step holds."""
+
+@dataclass
+class Step:
+    """A train step: call it with a batch, it updates the state and returns a vector of figures.
+
+    The batch carries, beside its data, ``row`` (rows,) int32, ``step`` 0-d int32 and ``lr`` 0-d
+    float32, and what else the step asks for.
+
+    Attributes:
+        figures: the step itself; what it measured, by name, as 0-d tensors.
+        names: what the vector holds, known once the step has run.
+    """
+
+    figures: Callable[[Batch], Mapping[str, Tensor]]
+    names: tuple[str, ...] = field(default=(), init=False)
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """Take the step."""
+        figures = self.figures(batch)
+        self.names = tuple(figures)
+        return torch.stack([value.detach().float() for value in figures.values()])
 
 
 def make_train_step(
@@ -31,7 +51,7 @@ def make_train_step(
     clip_grad: float | None,
     accumulate: int,
     autocast: Callable[[], AbstractContextManager[Any]],
-) -> Callable[[Batch], Tensor]:
+) -> Step:
     """Build the step: draws, forward, loss, backward, clip, AdamW, EMA.
 
     Args:
@@ -44,18 +64,10 @@ def make_train_step(
         accumulate: parts the batch is worked through in. The gradient is the mean over the whole
             batch, so the result is that of one part up to rounding.
         autocast: the precision context of forward and loss.
-
-    Returns:
-        ``step(batch) -> metrics``; the batch carries, beside its data, ``row`` (rows,) int32,
-        ``step`` 0-d int32 and ``lr`` 0-d float32; metrics is a vector, see ``METRICS``.
     """
-    trained = state.trained()
-    parameters: list[Tensor] = list(trained.values())
-    first, second = ([state.moments[m][name] for name in trained] for m in MOMENTS)
 
-    def step(batch: Batch) -> Tensor:
-        for parameter in parameters:
-            parameter.grad = None
+    def step(batch: Batch) -> dict[str, Tensor]:
+        clear_gradients(state.model)
         total = torch.zeros((), device=batch["row"].device)
         for part in split_batch(batch, accumulate):
             with autocast():
@@ -63,15 +75,54 @@ def make_train_step(
             loss = losses.float().mean() / accumulate
             loss.backward()
             total = total + loss.detach()
-        gradients = [_gradient(parameter) for parameter in parameters]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if clip_grad:
-            torch.nn.utils.clip_grads_with_norm_(parameters, clip_grad, norm)
-        optimizer.update(parameters, gradients, first, second, batch["lr"], batch["step"])
-        update_ema(state.ema, state.model, ema_decay)
-        return torch.stack([total, norm.detach()])
+        norm, skipped = apply_gradients(
+            state.model, optimizer, total, batch["lr"], batch["step"], clip_grad
+        )
+        update_ema(state.ema, state.model.module, ema_decay)
+        return {"train/loss": total, "train/grad_norm": norm, "train/skipped": skipped}
 
-    return step
+    return Step(step)
+
+
+def clear_gradients(trained: Trained) -> None:
+    """Forget the gradients of the step before."""
+    for parameter in trained.parameters().values():
+        parameter.grad = None
+
+
+@torch.no_grad()
+def apply_gradients(
+    trained: Trained,
+    optimizer: AdamW,
+    loss: Tensor,
+    lr: Tensor,
+    count: Tensor,
+    clip_grad: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One update from the gradients that are there, unless a number in it is not finite.
+
+    Args:
+        trained: what is updated in place.
+        optimizer: how.
+        loss: 0-d, what the gradients are of.
+        lr: 0-d, the learning rate.
+        count: 0-d, how many updates came before.
+        clip_grad: largest L2 norm of the whole gradient; None or 0 leaves it as it is.
+
+    Returns:
+        The norm of the gradient before clipping, and 1 where the update was skipped because that
+        norm or the loss is not finite, else 0; both 0-d.
+    """
+    parameters = trained.parameters()
+    gradients = [_gradient(parameter) for parameter in parameters.values()]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    finite = torch.isfinite(norm) & torch.isfinite(loss)
+    if clip_grad:
+        factor = (clip_grad / (norm + 1e-6)).clamp(max=1.0)
+        gradients = list(torch._foreach_mul(gradients, factor))
+    first, second = (list(moments.values()) for moments in trained.moments.values())
+    optimizer.update(list(parameters.values()), gradients, first, second, lr, count, where=finite)
+    return norm, (~finite).float()
 
 
 def _gradient(parameter: Tensor) -> Tensor:

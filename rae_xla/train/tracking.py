@@ -59,8 +59,12 @@ class Tracker:
         if not self._speaks:
             return
         path = self._folder / "samples" / f"{name}-{step:08d}.png"
-        path.parent.mkdir(exist_ok=True)
-        save_png(path, grid)
+        try:
+            path.parent.mkdir(exist_ok=True)
+            save_png(path, grid)
+        except OSError as error:  # a picture is not worth a run
+            self.say(f"step {step}: {path} could not be written: {error}")
+            return
         if self._wandb is not None:
             import wandb
 
@@ -90,8 +94,16 @@ class Tracker:
             self._wandb = None
 
 
+_PLAIN_ON_CONSOLE = ("train/", "opt/", "perf/")
+_SILENT_AT_ZERO = ("skipped", "fallbacks", "compilations")
+
+
 def _console_line(step: int, figures: Mapping[str, float]) -> str:
-    shown = {name.split("/", 1)[-1]: value for name, value in figures.items()}
+    shown = {}
+    for name, value in figures.items():
+        room, _, rest = name.rpartition("/")
+        if value or rest not in _SILENT_AT_ZERO:
+            shown[rest if room + "/" in _PLAIN_ON_CONSOLE else name] = value
     return f"step {step:>7d}  " + "  ".join(f"{k} {v:.4g}" for k, v in shown.items())
 
 

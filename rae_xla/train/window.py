@@ -2,36 +2,55 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from rae_xla.runtime import Runtime
 from rae_xla.train.plan import Plan
-from rae_xla.train.step import METRICS
+from rae_xla.train.step import Step
 
 Figures = dict[str, float]
 
+SKIPPED = "/skipped"
 
+
+@dataclass(frozen=True)
 class Window:
+    """What the steps between two log lines amounted to.
+
+    Attributes:
+        step: steps taken when it ended.
+        figures: means over its steps by name; of ``…/skipped``, the sum.
+        skipped_in_a_row: steps up to its last, or up to the worst one in it, that were skipped one
+            after another.
+    """
+
+    step: int
+    figures: Figures
+    skipped_in_a_row: int
+
+
+class Windows:
     """Gathers the metrics of steps on the devices and reads them one step later.
 
     The step after the window is on its way to the devices by then, so reading does not stall them.
-    The first step of a process, which compiles, is left out of the timing.
+    A step that compiles is left out of the timing.
     """
 
-    def __init__(self, plan: Plan, runtime: Runtime, schedule: Callable[[int], float]) -> None:
-        self._plan, self._runtime, self._schedule = plan, runtime, schedule
-        self._metrics: list[Tensor] = []
-        self._closed: tuple[int, list[Tensor], Figures] | None = None
-        self._compiled = False
+    def __init__(self, plan: Plan, runtime: Runtime) -> None:
+        self._plan, self._runtime = plan, runtime
+        self._closed: tuple[int, list[tuple[Step, Tensor]], Figures] | None = None
+        self._timed_steps: set[int] = set()
+        self._in_a_row = 0
         self._begin()
 
     def _begin(self) -> None:
-        self._metrics = []
+        self._metrics: list[tuple[Step, Tensor]] = []
         self._timed, self._waited, self._paused = 0, 0.0, 0.0
         self._since = time.perf_counter()
 
@@ -50,22 +69,20 @@ class Window:
         yield
         self._paused += time.perf_counter() - start
 
-    def add(self, metrics: Tensor) -> None:
+    def add(self, step: Step, metrics: Tensor) -> None:
         """One step's metrics, still on the devices."""
-        self._metrics.append(metrics)
+        self._metrics.append((step, metrics))
         self._timed += 1
-        if not self._compiled:
+        if id(step) not in self._timed_steps:  # its first time
             self._runtime.synchronize()
-            self._compiled = True
-            self._timed, self._waited, self._since = 0, 0.0, time.perf_counter()
+            self._timed_steps.add(id(step))
+            self._timed, self._waited, self._paused = 0, 0.0, 0.0
+            self._since = time.perf_counter()
 
-    def close(self, step: int) -> None:
+    def close(self, step: int, scalars: Figures) -> None:
         """End the window with ``step``, the number of steps taken, and begin the next one."""
         seconds = time.perf_counter() - self._since - self._paused
-        figures: Figures = {
-            "opt/lr": self._schedule(step - 1),
-            "epoch": step / self._plan.per_epoch,
-        }
+        figures: Figures = {**scalars, "epoch": step / self._plan.per_epoch}
         if self._timed:
             figures |= {
                 "perf/step_time": seconds / self._timed,
@@ -77,11 +94,47 @@ class Window:
         self._closed = (step, self._metrics, figures)
         self._begin()
 
-    def take(self) -> tuple[int, Figures] | None:
-        """The closed window, if there is one: its last step and its figures."""
+    def take(self) -> Window | None:
+        """The closed window, if there is one."""
         if self._closed is None:
             return None
-        step, metrics, figures = self._closed
+        number, metrics, figures = self._closed
         self._closed = None
-        means = torch.stack(self._runtime.fetch(metrics)).double().mean(0).tolist()
-        return step, dict(zip(METRICS, means, strict=True)) | figures
+        steps = self._read(metrics)
+        worst = 0
+        for step in steps:
+            self._in_a_row = self._in_a_row + 1 if _skipped(step) else 0
+            worst = max(worst, self._in_a_row)
+        return Window(number, _summary(steps) | figures, worst)
+
+    def skipped_up_to_now(self) -> int:
+        """How many steps in a row, the last one taken included, were skipped. Waits for them."""
+        closed = self._closed[1] if self._closed is not None else []
+        count = self._in_a_row
+        for step in self._read([*closed, *self._metrics]):
+            count = count + 1 if _skipped(step) else 0
+        return count
+
+    def _read(self, metrics: Sequence[tuple[Step, Tensor]]) -> list[Figures]:
+        vectors = self._runtime.fetch([vector for _, vector in metrics])
+        return [
+            dict(zip(step.names, vector.tolist(), strict=True))
+            for (step, _), vector in zip(metrics, vectors, strict=True)
+        ]
+
+
+def _skipped(step: Figures) -> bool:
+    return any(value for name, value in step.items() if name.endswith(SKIPPED))
+
+
+def _summary(steps: Sequence[Figures]) -> Figures:
+    """Mean of each figure over the steps that have it and were not skipped; skips are summed."""
+    summary: Figures = {}
+    for name in dict.fromkeys(name for step in steps for name in step):
+        skipped = name.rpartition("/")[0] + SKIPPED
+        values = [step[name] for step in steps if name in step and not step.get(skipped)]
+        if name.endswith(SKIPPED):
+            summary[name] = sum(step.get(name, 0.0) for step in steps)
+        elif finite := [value for value in values if math.isfinite(value)]:
+            summary[name] = sum(finite) / len(finite)
+    return summary

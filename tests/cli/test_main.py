@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -159,3 +160,34 @@ def test_a_reader_that_leaves_is_no_error(body):
     process.stderr.close()
     assert process.wait(timeout=30) == 128 + signal.SIGPIPE
     assert error == b""
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("evaluate", "recon", "--config", "c.yaml", "--out"),
+        ("export", "decoder", "--ckpt", "c.pt", "--out"),
+        ("stats", "--config", "configs/quickstart/stage1.yaml", "--data", "s", "--out"),
+    ],
+    ids=lambda c: c[0],
+)
+def test_an_output_that_cannot_be_written_is_found_before_the_work(
+    command, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(Path(__file__).parents[2])
+    (tmp_path / "file").touch()
+    for out, message in ((tmp_path, "is a folder"), (tmp_path / "file/x", "cannot be made")):
+        assert cli.main([*command, str(out)]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("rae-xla: error: --out")
+        assert message in error
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file"]
+
+
+def test_what_the_file_system_refuses_is_one_line(verb, capsys):
+    def refuse(args):
+        raise OSError(28, "No space left on device", "results/x.npz")
+
+    verb.act = refuse
+    assert cli.main(["try", "it"]) == 2
+    assert capsys.readouterr().err == "rae-xla: error: results/x.npz: No space left on device\n"

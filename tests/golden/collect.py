@@ -2,9 +2,10 @@
 
     python tests/golden/collect.py PATH_TO_SHARED_GOLDEN
 
-Left out, to keep the folder small: full gradients (the JSON beside each file holds the norm of
-every one), intermediate activations, and RAE state dicts that ``decoder.pt`` and ``encoder/``
-beside them already hold.
+Left out, to keep the folder small: full gradients of parameters (the JSON beside each file holds
+the norm of every one), intermediate activations, and RAE state dicts that ``decoder.pt`` and
+``encoder/`` beside them already hold. Kept whole: the one step of stage 1 and the
+discriminator in it, small files whose every number is checked.
 """
 
 from __future__ import annotations
@@ -16,14 +17,17 @@ from pathlib import Path
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-FOLDERS = ("stage2", "rae", "keymaps", "transport", "train")
-SKIPPED_FILES = ("train/stage1_one_step",)
+FOLDERS = ("stage2", "rae", "keymaps", "transport", "train", "disc", "eval")
+KEPT_WHOLE = ("train/stage1_one_step", "disc/dinodisc_a")
 SKIPPED_PREFIXES = ("grad.", "gradall.", "mid.")
+INPUT_GRADIENTS = ("grad.a", "grad.x", "grad.fake_eval")
 SAVED_BESIDE = ("state.encoder.", "state.decoder.")
 
 
 def wanted(case: str, key: str) -> bool:
     """Whether a tensor of a case is read by a test."""
+    if case in KEPT_WHOLE or (case.startswith("disc/") and key in INPUT_GRADIENTS):
+        return True
     if key.startswith(SKIPPED_PREFIXES):
         return False
     full_rae = case.startswith("rae/") and "/golden" in case
@@ -37,7 +41,7 @@ def main() -> None:
         for path in sorted((source / folder).rglob("*")):
             relative = path.relative_to(source)
             case = relative.with_suffix("").as_posix()
-            if path.is_dir() or case in SKIPPED_FILES:
+            if path.is_dir():
                 continue
             out = target / relative
             out.parent.mkdir(parents=True, exist_ok=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 from golden_case import GOLDEN
+from random_loss_networks import write_dino, write_vgg16
 
 from rae_xla.data.shards import write_shards
 from rae_xla.data.sources import array_source
@@ -90,6 +91,62 @@ def make_configs(folder: Path, shards: str) -> dict[str, Path]:
     return paths
 
 
+# What the GAN configuration trains from which step on.
+PHASES = {
+    0: "L1 + LPIPS",
+    6: "L1 + LPIPS, and the discriminator learns",
+    12: "L1 + LPIPS + GAN, and the discriminator learns",
+}
+
+# Everything from the first step on. These losses have gradients that jump: L1's where a pixel is
+# hit exactly, LPIPS's and the discriminator's at their rectifiers and maxima, and 8 bits round up
+# or down. A difference of 1e-7 in a pixel decides, and of 24,576 pixels each counts; the ratio of
+# two gradients, the adaptive weight, then differs by 1e-3, and Adam follows the sign of what is
+# nothing but rounding with its whole step. So the weight of that ratio is small here, and Adam's
+# epsilon large.
+SMOOTH = [
+    "training.steps=10", "checkpoint.every_steps=10", "gan.loss.disc_start=0",
+    "gan.loss.disc_upd_start=0", "gan.loss.disc_weight=0.01", "training.scheduler.warmup_steps=0",
+    "training.optimizer.lr=2e-4", "training.optimizer.eps=1e-5",
+    "gan.disc.optimizer.lr=2e-4", "gan.disc.optimizer.eps=1e-3", "training.global_seed=1",
+]  # fmt: skip
+
+
+def make_gan_config(folder: Path, shards: str) -> Path:
+    """``gan.yaml``: stage 1 with LPIPS from the start, a discriminator that learns from step 6 and
+    is felt from step 12. Its networks are tiny or of the real shape, and random.
+    """
+    config = yaml.safe_load(make_configs(folder, shards)["stage1"].read_text())
+    recipe = {"depth": 2, "embed_dim": 32, "num_heads": 4, "patch_size": 32}
+    optimizer = {
+        "optimizer": {"lr": 1e-3},
+        "scheduler": {"warmup_steps": 3, "warmup_from_zero": True},
+    }
+    config["weights"] = {"vgg16": str(write_vgg16(folder / "vgg16.pth"))}
+    config["checkpoint"]["every_steps"] = 2
+    config["gan"] = {
+        "disc": {
+            "arch": {
+                "dino_ckpt_path": str(write_dino(folder / "dino.pth", recipe)),
+                "recipe": recipe,
+                "key_depths": [0],
+                "ks": 3,
+            },
+            "augment": {"prob": 1.0, "cutout": 0.2},
+        }
+        | optimizer,
+        "loss": {
+            "disc_weight": 0.75,
+            "perceptual_weight": 1.0,
+            "disc_upd_start": 1,
+            "disc_start": 2,
+        },
+    }
+    path = folder / "gan.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
 def rae_xla(*arguments: object, timeout: float = 300) -> subprocess.CompletedProcess:
     """Run the command line as a user would, in a process of its own."""
     return subprocess.run(
@@ -123,10 +180,10 @@ def wait_for(path: Path, lines: int) -> None:
     raise TimeoutError(path)
 
 
-def train_and_kill(stage: str, config: Path, folder: Path, *overrides: str) -> None:
-    """Start a training and kill it when ``metrics.jsonl`` has the line of step 10.
+def train_and_kill(stage: str, config: Path, folder: Path, *overrides: str, step: int = 10) -> None:
+    """Start a training and kill it when ``metrics.jsonl`` has the line of a step.
 
-    Lines are written a step late, so the checkpoint of step 10 is there by then.
+    Lines are written a step late, so the checkpoint of that step is there by then.
     """
     arguments = ["train", stage, "--config", config, "--results-dir", folder, *overrides]
     process = subprocess.Popen(
@@ -136,7 +193,7 @@ def train_and_kill(stage: str, config: Path, folder: Path, *overrides: str) -> N
         stderr=subprocess.DEVNULL,
     )
     try:
-        wait_for(folder / "metrics.jsonl", lines=10)
+        wait_for(folder / "metrics.jsonl", lines=step)
     finally:
         process.kill()
         process.wait()

@@ -297,7 +297,7 @@ def test_a_decoder_with_other_keys_or_shapes_is_refused(tmp_path: Path) -> None:
 def test_a_training_checkpoint_is_no_decoder(tmp_path: Path) -> None:
     message = refused_decoder(tmp_path / "d.pt", {"model": decoder_state(), "ema": {}, "step": 3})
     assert "a training checkpoint" in message
-    assert "export the decoder" in message
+    assert "rae-xla export decoder" in message
 
 
 def test_a_whole_rae_is_no_decoder(tmp_path: Path, dinov2: RAE) -> None:

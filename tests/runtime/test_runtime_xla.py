@@ -6,6 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from rae_xla.models.dino_vit import DINOShape, DINOViT
+from rae_xla.models.discriminator import DinoDiscriminator
+from rae_xla.models.lpips import LPIPS
 from rae_xla.runtime import start
 from rae_xla.train.state import MOMENTS, make_state, update_ema
 
@@ -32,13 +35,29 @@ def sharding(tensor):
 
 def test_parameters_moments_and_averages_are_split_alike(runtime):
     state = make_state(small_model(), runtime)
-    split = sharding(state.model[0].weight)
+    split = sharding(state.model.module[0].weight)
     assert "devices=[2,1,2]" in split
     assert "last_tile_dim_replicate" in split
     averages = dict(state.ema.named_parameters())
-    for name, parameter in state.trained().items():
-        copies = [averages[name], *(state.moments[m][name] for m in MOMENTS)]
+    for name, parameter in state.model.parameters().items():
+        copies = [averages[name], *(state.model.moments[m][name] for m in MOMENTS)]
         assert {sharding(copy) for copy in copies} == {sharding(parameter)}, name
+
+
+def test_a_discriminator_is_split_and_the_frozen_networks_are_whole(runtime):
+    shape = DINOShape(depth=1, embed_dim=32, num_heads=2, patch_size=32)
+    disc = DinoDiscriminator(DINOViT(shape), ks=3)
+    state = make_state(small_model(), runtime, disc=disc)
+    runtime.place(nn.ModuleDict({"backbone": disc.backbone, "lpips": LPIPS()}))
+    conv = disc.heads[0][0][0]
+    assert "devices=[2,1,1,2]" in sharding(conv.weight_orig)
+    for moment in MOMENTS:
+        split = sharding(state.disc.moments[moment]["heads.0.0.0.weight_orig"])
+        assert split == sharding(conv.weight_orig)
+    whole = (conv.weight_u, disc.backbone.blocks[0].attn.qkv.weight)
+    assert not any("devices=" in sharding(tensor) for tensor in whole)
+    back = runtime.to_host(disc.state_dict())
+    assert back.keys() == disc.state_dict().keys()
 
 
 def test_what_is_put_comes_back(runtime):
@@ -69,8 +88,8 @@ def test_a_function_compiles_once_whatever_the_numbers(runtime):
 
     @runtime.compile
     def step(batch):
-        loss = (state.model(batch["x"]) * batch["lr"]).square().mean()
-        update_ema(state.ema, state.model, 0.9)
+        loss = (state.model.module(batch["x"]) * batch["lr"]).square().mean()
+        update_ema(state.ema, state.model.module, 0.9)
         return torch.stack([loss, batch["step"] + 0.0])
 
     runtime.synchronize()

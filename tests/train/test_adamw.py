@@ -22,6 +22,18 @@ def test_fifty_steps_equal_torch(weight_decay):
         for parameter, gradient in zip(theirs, gradients, strict=True):
             parameter.grad = gradient.clone()
         reference.step()
-        optimizer.update(ours, gradients, first, second, torch.tensor(lr), torch.tensor(step))
+        rate, count = torch.tensor(lr), torch.tensor(step)
+        optimizer.update(ours, gradients, first, second, rate, count, torch.tensor(True))
         for mine, other in zip(ours, theirs, strict=True):
             torch.testing.assert_close(mine, other.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_an_update_with_a_broken_gradient_can_be_left_out():
+    ours, first, second = [torch.ones(3)], [torch.full((3,), 0.2)], [torch.full((3,), 0.3)]
+    before = [t.clone() for t in (*ours, *first, *second)]
+    optimizer = AdamW((0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    broken = [torch.tensor([1.0, float("nan"), float("inf")])]
+    rate, count = torch.tensor(0.1), torch.tensor(5)
+    optimizer.update(ours, broken, first, second, rate, count, torch.tensor(False))
+    for left, kept in zip((*ours, *first, *second), before, strict=True):
+        assert torch.equal(left, kept)

@@ -15,7 +15,8 @@ def test_every_recorded_schedule(row, tmp_path):
     import yaml
 
     file.write_text(yaml.safe_dump({"training": row["training_cfg"]}))
-    schedule = make_schedule(load_config(str(file)).training, row["steps_per_epoch"])
+    training = load_config(str(file)).training
+    schedule = make_schedule(training.optimizer, training.scheduler, row["steps_per_epoch"])
     recorded = CASE[f"out.lr.{row['i']}"].tolist()
     assert [schedule(k) for k in range(len(recorded))] == pytest.approx(recorded, rel=1e-6)
     assert [schedule(k) for k in range(5)] == pytest.approx(row["lr_float64_first5"], rel=1e-12)

@@ -1,0 +1,330 @@
+"""``rae-xla evaluate``: what reconstructions are worth, and what decoders make of samples."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from rae_xla.cli.options import add_config, check_out_file, check_out_folder, read_config
+from rae_xla.config.check import RECON_METRICS
+from rae_xla.errors import UserError
+
+if TYPE_CHECKING:
+    from rae_xla.config import RunConfig
+    from rae_xla.evaluate.inception import FeatureNetwork
+    from rae_xla.models.lpips import LPIPS
+    from rae_xla.models.rae import RAE
+    from rae_xla.runtime import Runtime
+
+METRICS = {"recon": RECON_METRICS, "decoders": ("psnr", "fid")}
+# Options of one command that mean nothing to the other.
+ONLY = {
+    "recon": ("ckpt", "weights", "data", "num_images", "batch_size"),
+    "decoders": ("latents", "decoders"),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument(
+        "what",
+        choices=tuple(METRICS),
+        help="recon: PSNR, SSIM, LPIPS and rFID of reconstructions; decoders: gFID of the same "
+        "sampled latents through several decoders",
+    )
+    add_config(parser)
+    parser.add_argument(
+        "--metrics",
+        nargs="+",
+        metavar="NAME",
+        help="recon: psnr ssim lpips rfid; decoders: psnr fid (default: all)",
+    )
+    parser.add_argument(
+        "--reference",
+        type=Path,
+        metavar="FILE.npz",
+        help="what FID compares with: arr_0 (images), or mu and sigma (recon: the originals)",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="PATH",
+        help="recon: JSON file of the report; decoders: folder of report.json and grid.png",
+    )
+    recon = parser.add_argument_group("recon")
+    recon.add_argument(
+        "--ckpt",
+        type=Path,
+        metavar="PATH",
+        help="stage-1 checkpoint, or a results folder (default: the weights stage_1 names)",
+    )
+    recon.add_argument("--weights", choices=("ema", "model"), help="of --ckpt (default: ema)")
+    recon.add_argument("--data", metavar="SHARDS", help="shards to reconstruct (data.val)")
+    recon.add_argument(
+        "--num-images", type=int, metavar="N", help="the first N of them (default: all)"
+    )
+    recon.add_argument(
+        "--batch-size", type=int, metavar="N", help="under way at a time; default: 64"
+    )
+    decoders = parser.add_argument_group("decoders")
+    decoders.add_argument(
+        "--latents", type=Path, metavar="FILE", help="latents.npy of sample --keep-latents"
+    )
+    decoders.add_argument(
+        "--decoders", nargs="+", metavar="FILE", help="decoder weights (rae-xla export decoder)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print a table, write the report."""
+    for name in ("metrics", "decoders"):
+        _give_back_settings(args, name)
+    for what, names in ONLY.items():
+        given = [name for name in names if getattr(args, name) is not None]
+        if what != args.what and given:
+            option = given[0].replace("_", "-")
+            raise UserError(f"--{option} belongs to `rae-xla evaluate {what}`, not {args.what}")
+    metrics = tuple(dict.fromkeys(args.metrics or METRICS[args.what]))
+    unknown = [name for name in metrics if name not in METRICS[args.what]]
+    if unknown:
+        known = " ".join(METRICS[args.what])
+        raise UserError(f"--metrics {unknown[0]}: evaluate {args.what} knows {known}")
+    return _recon(args, metrics) if args.what == "recon" else _decoders(args, metrics)
+
+
+def _recon(args: argparse.Namespace, metrics: tuple[str, ...]) -> int:
+    if args.weights and args.ckpt is None:
+        raise UserError("--weights chooses from a checkpoint: give --ckpt too")
+    if args.reference and "rfid" not in metrics:
+        raise UserError("--reference is what rfid compares with: add rfid to --metrics")
+    _check_files(args.reference)
+    check_out_file(args.out)
+    config = read_config(args)
+    path = args.data or config.data.val
+    if path is None:
+        raise UserError("no images to reconstruct: give --data SHARDS or data.val=SHARDS")
+
+    from rae_xla.data.shards import open_index
+    from rae_xla.evaluate.reconstruction import (
+        UNITS,
+        evaluate_reconstruction,
+        first_images,
+    )
+    from rae_xla.evaluate.reference import load_reference
+    from rae_xla.runtime import start
+
+    index = open_index(path)
+    first_images(index, args.num_images)  # too many: said before anything is loaded
+    runtime = start(config.runtime, config.mesh, seed=config.training.global_seed)
+    rae, checkpoint = _load_rae(config, args)
+    lpips = _load_lpips(config, runtime, metrics) if "lpips" in metrics else None
+    features = _load_features(config, runtime, "rfid", metrics) if "rfid" in metrics else None
+    runtime.place(rae)
+    reference = None
+    if args.reference is not None and features is not None:
+        reference = load_reference(args.reference, features, runtime, rae.image_size)
+    report = evaluate_reconstruction(
+        rae,
+        runtime,
+        index,
+        metrics=metrics,
+        num_images=args.num_images,
+        batch_size=64 if args.batch_size is None else args.batch_size,
+        lpips=lpips,
+        features=features,
+        reference=reference,
+        num_workers=config.data.num_workers,
+        progress=runtime.process_index == 0,
+    )
+    if runtime.process_index != 0:
+        return 0
+    print(f"reconstructions of {report.images}, {report.image_size} pixels a side")
+    print(f"weights: {checkpoint}; on {runtime.description}")
+    for name, value in report.metrics.items():
+        print(f"  {name:<6} {value:12.6f} {UNITS.get(name, ''):<3} {report.num_images} images")
+    if report.reference is not None:
+        print(f"rfid against {report.reference}")
+    _print_warnings(report.warnings)
+    if args.out is not None:
+        found = report.describe() | {"checkpoint": checkpoint}
+        _write_json(args.out, found | _circumstances(args, config, runtime, metrics))
+        print(f"{args.out}")
+    return 0
+
+
+def _decoders(args: argparse.Namespace, metrics: tuple[str, ...]) -> int:
+    for name in ONLY["decoders"]:
+        if getattr(args, name) is None:
+            raise UserError(f"evaluate decoders needs --{name}")
+    if "fid" in metrics and args.reference is None:
+        raise UserError(
+            "fid needs --reference FILE.npz: images (arr_0) or moments (mu, sigma) of the data set "
+            "the samples imitate; or leave it out: --metrics psnr"
+        )
+    if args.reference is not None and "fid" not in metrics:
+        raise UserError("--reference is what fid compares with: add fid to --metrics")
+    _check_files(args.reference)
+    if args.out is not None:
+        check_out_folder(args.out)
+    config = read_config(args)
+
+    from rae_xla.evaluate.decoders import compare_decoders, load_decoders, open_latents
+    from rae_xla.evaluate.reference import load_reference
+    from rae_xla.runtime import start
+    from rae_xla.sample.pictures import save_png
+
+    runtime = start(config.runtime, config.mesh, seed=config.training.global_seed)
+    rae = _build_rae(config, args, without_decoder=True)
+    latents = open_latents(args.latents, rae)
+    if "fid" in metrics and len(latents) < 2:
+        raise UserError(f"fid of {len(latents)} latent: a covariance needs two at least")
+    decoders = load_decoders(rae, args.decoders)
+    features = _load_features(config, runtime, "fid", metrics) if "fid" in metrics else None
+    runtime.place(rae)
+    for decoder in decoders.values():
+        runtime.place(decoder)
+    reference = None
+    if features is not None:
+        reference = load_reference(args.reference, features, runtime, rae.image_size)
+    report = compare_decoders(
+        rae, runtime, latents, decoders, args.decoders, features=features, reference=reference
+    )
+    if runtime.process_index != 0:
+        return 0
+    print(f"{report.num_images} latents of {args.latents} on {runtime.description}")
+    width = max(len("decoder"), *(len(result.name) for result in report.results))
+    print(f"  {'decoder':<{width}}  {'fid':>12}  {'psnr to the first':>17}")
+    for number, result in enumerate(report.results):
+        fid = "-" if result.fid is None else f"{result.fid:.6f}"
+        ratio = f"{result.psnr_to_first:.4f} dB" if number else "-"
+        print(f"  {result.name:<{width}}  {fid:>12}  {ratio:>17}")
+    if report.reference is not None:
+        print(f"fid against {report.reference}")
+    _print_warnings(report.warnings)
+    if args.out is not None:
+        args.out.mkdir(parents=True, exist_ok=True)
+        save_png(args.out / "grid.png", report.grid)
+        found = report.describe() | {"latents": str(args.latents)}
+        _write_json(
+            args.out / "report.json", found | _circumstances(args, config, runtime, metrics)
+        )
+        print(f"{args.out}")
+    return 0
+
+
+def _check_files(reference: Path | None) -> None:
+    """Before anything is loaded, or downloaded."""
+    if reference is not None and not reference.expanduser().is_file():
+        raise UserError(f"reference {reference}: there is no such file")
+
+
+def _give_back_settings(args: argparse.Namespace, option: str) -> None:
+    """Settings that follow an option of many values are taken for values of it."""
+    values = getattr(args, option)
+    if values is not None:
+        settings = [value for value in values if "=" in value]
+        setattr(args, option, [value for value in values if value not in settings])
+        args.overrides = [*args.overrides, *settings]
+        if not getattr(args, option):
+            raise UserError(f"--{option} needs a value at least")
+
+
+def _build_rae(config: RunConfig, args: argparse.Namespace, *, without_decoder: bool) -> RAE:
+    """The autoencoder of ``stage_1``, on the host; ``without_decoder``: its weights come later."""
+    from rae_xla.registry import instantiate
+
+    if config.stage_1 is None:
+        raise UserError(f"{args.config} has no stage_1 section: it names the autoencoder")
+    spec = config.stage_1
+    if without_decoder:
+        params = {**spec.params, "pretrained_decoder_path": None}
+        spec = replace(spec, params=params, ckpt=None)
+    elif spec.ckpt is None and spec.params.get("pretrained_decoder_path") is None:
+        raise UserError(
+            f"{args.config} names no decoder weights, and random ones are not worth measuring: "
+            "give --ckpt PATH, stage_1.ckpt=FILE or stage_1.params.pretrained_decoder_path=FILE"
+        )
+    return cast("RAE", instantiate(spec)).requires_grad_(False)
+
+
+def _load_rae(config: RunConfig, args: argparse.Namespace) -> tuple[RAE, str]:
+    """The autoencoder with its weights, and where they come from."""
+    if args.ckpt is None:
+        rae = _build_rae(config, args, without_decoder=False)
+        assert config.stage_1 is not None
+        source = config.stage_1.ckpt or config.stage_1.params["pretrained_decoder_path"]
+        return rae, f"{source}"
+
+    from rae_xla.models.weights import load_strict, read_weight_file
+    from rae_xla.train.checkpoint import newest_checkpoint
+
+    path, which = newest_checkpoint(args.ckpt), args.weights or "ema"
+    content: Any = read_weight_file(path, "--ckpt")
+    if not isinstance(content, dict):
+        raise UserError(f"--ckpt {path} holds no weights")
+    bare = "model" not in content and "ema" not in content
+    if bare and args.weights:
+        raise UserError(f"--ckpt {path} is a bare state dict: there are no {which} weights in it")
+    if not bare and which not in content:
+        raise UserError(f"--ckpt {path} has no {which} weights")
+    rae = _build_rae(config, args, without_decoder=True)
+    load_strict(rae, content if bare else content[which], f"--ckpt {path}")
+    return rae, f"{path}" if bare else f"{path} ({which})"
+
+
+def _load_lpips(config: RunConfig, runtime: Runtime, metrics: tuple[str, ...]) -> LPIPS:
+    from rae_xla.models.lpips import load_lpips
+
+    try:
+        lpips = load_lpips(config.weights.vgg16, config.weights.lpips)
+    except UserError as error:
+        others = " ".join(metric for metric in metrics if metric != "lpips") or "psnr"
+        raise UserError(f"{error}; to evaluate without it: --metrics {others}") from error
+    return cast("LPIPS", runtime.place(lpips.eval()))
+
+
+def _load_features(
+    config: RunConfig, runtime: Runtime, name: str, metrics: tuple[str, ...]
+) -> FeatureNetwork:
+    from rae_xla.evaluate.inception import FeatureNetwork, load_inception
+
+    others = " ".join(metric for metric in metrics if metric != name) or "psnr"
+    network = load_inception(config.weights.inception, f"--metrics {others}")
+    return FeatureNetwork(network, runtime)
+
+
+def _circumstances(
+    args: argparse.Namespace, config: RunConfig, runtime: Runtime, metrics: tuple[str, ...]
+) -> dict[str, Any]:
+    import torch
+
+    import rae_xla
+
+    used: dict[str, str] = {}
+    if "lpips" in metrics:
+        used["vgg16"] = config.weights.vgg16 or "torchvision's own"
+        used["lpips"] = config.weights.lpips or "the lpips package's own"
+    if {"rfid", "fid"} & set(metrics):
+        used["inception"] = config.weights.inception or "torch-fidelity's own"
+    return {
+        "config": str(args.config),
+        "overrides": list(args.overrides),
+        "weights": used,
+        "runtime": runtime.description,
+        "versions": {"rae_xla": rae_xla.__version__, "torch": torch.__version__},
+    }
+
+
+def _print_warnings(warnings: tuple[str, ...]) -> None:
+    for warning in warnings:
+        print(f"warning: {warning}")
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    unfinished.replace(path)

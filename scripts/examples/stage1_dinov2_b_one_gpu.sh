@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Stage 1 on one GPU: a ViT-B decoder for DINOv2-B, ImageNet 256 px, 16 epochs, bf16.
+#
+# Config   configs/stage1/dinov2_b_256_vitb.yaml
+# Data     shards/imagenet-train, shards/imagenet-val (rae-xla shards make), or data.train=... data.val=...
+# Files    models/discs/dino_vit_small_patch8_224.pth: hf download nyu-visionx/RAE-collections \
+#              discs/dino_vit_small_patch8_224.pth --local-dir models
+#          VGG16 and Inception are downloaded by torchvision and torch-fidelity, or weights.vgg16=FILE
+# Expect   rFID about 0.58 (the article's ViT-B decoder, trained at the full batch of 512)
+# Results  $OUT (results/stage1_dinov2_b_one_gpu): checkpoints, decoder.pt, recon.json. Started again, it goes on.
+cd "$(dirname "${BASH_SOURCE[0]}")/../.." && . scripts/examples/lib_stage1.sh
+stage1 configs/stage1/dinov2_b_256_vitb.yaml "$@"

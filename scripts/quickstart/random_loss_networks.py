@@ -1,0 +1,63 @@
+"""Loss networks with RANDOM weights, in the published formats: VGG16 and a small DINO ViT.
+
+The real ones see photographs; on 32-pixel digits, and where nothing can be downloaded, these let
+every part of the stage-1 recipe run. What LPIPS and the discriminator say with them means nothing.
+
+    python scripts/quickstart/random_loss_networks.py --out results/quickstart/networks
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+from torchvision.models.vgg import cfgs, make_layers
+
+from rae_xla.models.dino_vit import DINOViT, resolve_recipe
+
+RECIPE = {"depth": 2, "embed_dim": 64, "num_heads": 4, "patch_size": 32}
+
+
+def fill(network: nn.Module, seed: int) -> None:
+    """Draw matrices that keep the scale of what goes through; vectors stay as they are."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in network.parameters():
+        if parameter.dim() > 1:
+            values = torch.randn(parameter.shape, generator=generator)
+            parameter.data.copy_(values * (2 / parameter[0].numel()) ** 0.5)
+
+
+def write_vgg16(path: Path, seed: int = 0) -> Path:
+    """VGG16 as torchvision publishes it, without its classifier."""
+    network = nn.ModuleDict({"features": make_layers(cfgs["D"])})
+    fill(network, seed)
+    torch.save(network.state_dict(), path)
+    return path
+
+
+def write_dino(path: Path, recipe: Mapping[str, float], seed: int = 0) -> Path:
+    """A backbone of the discriminator, as the published file is; tokens differ by their place, as
+    in a trained one.
+    """
+    backbone = DINOViT(resolve_recipe(recipe))
+    fill(backbone, seed)
+    nn.init.normal_(backbone.pos_embed, generator=torch.Generator().manual_seed(seed))
+    torch.save(backbone.state_dict(), path)
+    return path
+
+
+def main() -> None:
+    """Write both files."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    out: Path = parser.parse_args().out
+    out.mkdir(parents=True, exist_ok=True)
+    print(write_vgg16(out / "vgg16.pth"))
+    print(write_dino(out / "dino.pth", RECIPE))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""Our Inception is torch-fidelity's: with RANDOM weights here, in its own file format."""
+
+import urllib.error
+
+import pytest
+import torch
+from random_networks import random_extractor, write_inception
+
+from rae_xla.errors import UserError
+from rae_xla.evaluate.inception import load_inception, resize_like_tensorflow1
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    return write_inception(tmp_path_factory.mktemp("weights") / "inception.pth")
+
+
+def pictures(height, width, count=2):
+    generator = torch.Generator().manual_seed(height)
+    return torch.randint(256, (count, 3, height, width), dtype=torch.uint8, generator=generator)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (256, 256), (40, 64), (299, 299), (512, 512)])
+def test_the_resize_is_the_same_to_the_last_bit(size):
+    from torch_fidelity.interpolate_compat_tensorflow import (
+        interpolate_bilinear_2d_like_tensorflow1x,
+    )
+
+    images = pictures(*size).float()
+    expected = interpolate_bilinear_2d_like_tensorflow1x(images, (299, 299), align_corners=False)
+    assert torch.equal(resize_like_tensorflow1(images, 299), expected)
+
+
+def test_the_features_are_torch_fidelitys_own(weights):
+    network = load_inception(str(weights))
+    images = pictures(32, 32)
+    found = network(images)
+    assert found.shape == (2, 2048)
+    assert torch.equal(found, random_extractor()(images)[0])
+    assert found.std() > 0.01  # random weights, but not so that nothing is left of the pictures
+    assert network.source == str(weights)
+    assert not network.training
+    assert not any(parameter.requires_grad for parameter in network.parameters())
+
+
+def test_files_that_are_wrong(tmp_path):
+    with pytest.raises(UserError, match=r"weights\.inception: there is no file .*none\.pth"):
+        load_inception(str(tmp_path / "none.pth"))
+    other = tmp_path / "other.pth"
+    torch.save({"weight": torch.zeros(2)}, other)
+    with pytest.raises(UserError, match=r"other\.pth does not hold the weights of https://.*\.pth"):
+        load_inception(str(other))
+    text = tmp_path / "text.pth"
+    text.write_text("no weights")
+    with pytest.raises(UserError, match=r"text\.pth cannot be read"):
+        load_inception(str(text))
+
+
+def test_without_the_network_the_error_says_what_to_do(monkeypatch):
+    import torch_fidelity.feature_extractor_inceptionv3 as published
+
+    def unreachable(*_, **__):
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setattr(published, "load_state_dict_from_url", unreachable)
+    with pytest.raises(UserError) as caught:
+        load_inception(None)
+    message = str(caught.value)
+    for part in (
+        published.URL_INCEPTION_V3,
+        "no route to host",
+        "weights.inception=FILE",
+        "--metrics psnr ssim lpips",
+    ):
+        assert part in message

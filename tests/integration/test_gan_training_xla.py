@@ -1,0 +1,115 @@
+"""The GAN step on XLA, on digits: the numbers of plain torch, a compilation a phase, kills in each.
+
+VGG and DINO are random networks (the first of the real shape): this is about arithmetic.
+"""
+
+import math
+import re
+from itertools import pairwise
+
+import pytest
+import torch
+from tiny import IMAGES, PHASES, SMOOTH, make_gan_config, metrics, rae_xla, train_and_kill
+
+from rae_xla.data.shards import write_shards
+from rae_xla.data.sources import array_source
+
+pytestmark = pytest.mark.xla
+
+FOUR = ["runtime.backend=xla", "runtime.devices=4", "mesh.fsdp=4"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Real digits, the quickstart's, but only some."""
+    pytest.importorskip("sklearn")
+    import digits
+
+    folder = tmp_path_factory.mktemp("world")
+    digits.write(folder / "images")
+    images, labels = digits.read(folder / "images/train")
+    chosen = slice(None, None, len(images) // IMAGES)
+    source = array_source(images[chosen][:IMAGES], labels[chosen][:IMAGES])
+    write_shards(source, str(folder / "shards"), samples_per_shard=20)
+    return {"folder": folder, "config": make_gan_config(folder, str(folder / "shards"))}
+
+
+def train(world, name, *overrides):
+    folder = world["folder"] / name
+    done = rae_xla(
+        "train", "stage1", "--config", world["config"], "--results-dir", folder, *overrides,
+        timeout=800,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return metrics(folder)
+
+
+LOSSES = ("train/loss", "train/l1", "train/lpips", "train/gan", "disc/loss")
+
+
+@pytest.fixture(scope="module")
+def on_torch(world):
+    return train(world, "torch", *SMOOTH)
+
+
+def gathered(folder):
+    """Sizes of what the partitioned step gathers, and its collectives that move activations."""
+    files = folder.glob("*cpu_after_optimizations.txt")
+    step = max(files, key=lambda path: path.stat().st_size).read_text()
+    shapes = re.findall(r"= \w+\[([\d,]*)\][^ ]* all-gather\(", step)
+    sizes = [math.prod(int(n) for n in shape.split(",")) for shape in shapes]
+    return sizes, len(re.findall(r" (?:all-to-all|collective-permute)\(", step))
+
+
+def test_only_weights_are_gathered(world, monkeypatch):
+    """Activations stay on the devices whose rows they are, through all five networks."""
+    dump = world["folder"] / "hlo"
+    monkeypatch.setenv("XLA_FLAGS", f"--xla_dump_to={dump} --xla_dump_hlo_as_text")
+    train(world, "dumped", *SMOOTH, *FOUR, "training.steps=1")
+    sizes, moved = gathered(dump)
+    assert moved == 0
+    path = world["folder"] / "dumped/checkpoints/step-00000001.pt"
+    saved = torch.load(path, weights_only=True)
+    weights = {tensor.numel() for part in ("model", "disc") for tensor in saved[part].values()}
+    assert sizes
+    # a few numbers of each image (a mean, a norm) may travel
+    assert [size for size in sizes if size > 8 * 64 and size not in weights] == []
+
+
+@pytest.mark.parametrize(
+    "devices", [pytest.param(1, marks=pytest.mark.slow), 4], ids=["1 device", "4 fsdp"]
+)
+def test_every_topology_gives_the_losses_of_plain_torch(world, on_torch, devices):
+    backend = ["runtime.backend=xla", f"runtime.devices={devices}"]
+    lines = train(world, f"{devices}-devices", *SMOOTH, *backend)
+    for one, other in zip(lines, on_torch, strict=True):
+        for name in LOSSES:
+            assert one[name] == pytest.approx(other[name], rel=1e-4), (one["step"], name)
+        # the gradient of the whole batch on every device, not of a device's share
+        assert one["disc/grad_norm"] == pytest.approx(other["disc/grad_norm"], rel=2e-2)
+        assert one["train/grad_norm"] == pytest.approx(other["train/grad_norm"], rel=2e-2)
+    assert lines[0]["disc/grad_norm"] == pytest.approx(on_torch[0]["disc/grad_norm"], rel=1e-4)
+    assert {line["perf/compilations"] for line in lines} == {1}
+    assert {line["perf/fallbacks"] for line in lines} == {0}
+
+
+@pytest.mark.slow
+def test_three_phases_three_compilations_and_a_kill_in_each(world):
+    lines = train(world, "whole", *FOUR)
+    begins = [*PHASES, 20]
+    for number, (first, last) in enumerate(pairwise(begins), 1):
+        of_phase = [line["perf/compilations"] for line in lines[first:last]]
+        assert of_phase == [number] * len(of_phase)
+    assert {line["perf/fallbacks"] for line in lines} == {0}
+
+    folder = world["folder"] / "killed"
+    for step in (4, 9, 15):
+        train_and_kill("stage1", world["config"], folder, *FOUR, step=step)
+    train(world, "killed", *FOUR)
+    whole, resumed = (
+        torch.load(world["folder"] / n / "checkpoints/step-00000020.pt", weights_only=True)
+        for n in ("whole", "killed")
+    )
+    for part in ("model", "ema", "optimizer", "disc", "disc_optimizer"):
+        for name, tensor in whole[part].items():
+            assert torch.equal(tensor, resumed[part][name]), f"{part}: {name}"
