@@ -72,8 +72,8 @@ else
     accelerator=$(detect_accelerator) reason="found by itself"
 fi
 case $accelerator in
-    tpu | cpu) extras=xla,quickstart,dev ;;
-    cuda) extras=quickstart,dev ;;
+    tpu | cpu) extras=xla,quickstart,hub,dev ;;
+    cuda) extras=quickstart,hub,dev ;;
     *) fail "--accelerator is tpu, cuda or cpu, not '$accelerator'" ;;
 esac
 [[ $accelerator != tpu ]] || extras=tpu,$extras

@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -23,7 +23,8 @@ from rae_xla.errors import UserError
 INDEX_FILE = "index.json"
 TABLE_FILE = "samples.npy"
 FORMAT = "rae-xla shards"
-VERSION = 1
+VERSION = 2
+READABLE_VERSIONS = (1, 2)
 
 SAMPLE = np.dtype([("offset", "<i8"), ("size", "<i8"), ("label", "<i4"), ("crc32", "<u4")])
 """One row a sample: where its image's bytes start in its shard and how many, label, checksum."""
@@ -31,22 +32,31 @@ SAMPLE = np.dtype([("offset", "<i8"), ("size", "<i8"), ("label", "<i4"), ("crc32
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar file: its name, samples, bytes and SHA-256 (hexadecimal)."""
+    """One tar file: its name, samples, bytes, SHA-256 and MD5 (hexadecimal).
+
+    Buckets list the MD5 of what they hold: it tells a changed shard without reading it.
+    """
 
     file: str
     samples: int
     bytes: int
     sha256: str
+    md5: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class ShardIndex:
-    """A folder of shards; ``len`` is the number of samples, numbered in the order of the shards."""
+    """A folder of shards; ``len`` is the number of samples, numbered in the order of the shards.
+
+    ``generations`` (by file, from the listing when the index was opened) pins what is read from a
+    bucket to the objects that were there then.
+    """
 
     folder: str
     shards: tuple[Shard, ...]
     class_names: tuple[str, ...]
     samples: NDArray[np.void]
+    generations: Mapping[str, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -106,15 +116,23 @@ class ShardIndex:
 
 
 def save_index(
-    folder: str, shards: Sequence[Shard], class_names: Sequence[str], samples: NDArray[np.void]
+    folder: str,
+    shards: Sequence[Shard],
+    class_names: Sequence[str],
+    samples: NDArray[np.void],
+    shards_folder: str | None = None,
 ) -> None:
-    """Write the table, then ``index.json``: a folder with an ``index.json`` is complete."""
+    """Write the table, then ``index.json``: a folder with an ``index.json`` is complete.
+
+    ``shards_folder`` is where the shards lie, if not in ``folder`` beside their index.
+    """
     buffer = io.BytesIO()
     np.save(buffer, samples)
     table = buffer.getvalue()
     manifest = {
         "format": FORMAT,
         "version": VERSION,
+        **({"folder": shards_folder} if shards_folder is not None else {}),
         "samples": len(samples),
         "bytes": sum(shard.bytes for shard in shards),
         "labels": {"min": int(samples["label"].min()), "max": int(samples["label"].max())},
@@ -139,8 +157,8 @@ def open_index(path: str, num_classes: int | None = None) -> ShardIndex:
             than the index says, or if a label is out of range.
     """
     index = read_index(path)
-    present = storage.list_sizes(index.folder)
-    wrong = [fault for shard in index.shards if (fault := size_fault(shard, present))]
+    present = storage.list_files(index.folder)
+    wrong = [fault for shard in index.shards if (fault := listing_fault(shard, present))]
     if wrong:
         more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
         raise UserError(
@@ -149,15 +167,18 @@ def open_index(path: str, num_classes: int | None = None) -> ShardIndex:
         )
     if num_classes is not None:
         index.check_labels(num_classes)
-    return index
+    pinned = {s.file: g for s in index.shards if (g := present[s.file].generation) is not None}
+    return replace(index, generations=pinned)
 
 
-def size_fault(shard: Shard, present: dict[str, int]) -> str | None:
-    """What a listing of the folder (name to bytes) shows to be wrong with a shard, if anything."""
+def listing_fault(shard: Shard, present: Mapping[str, storage.FileInfo]) -> str | None:
+    """What a listing of the folder shows to be wrong with a shard, if anything."""
     if shard.file not in present:
         return f"{shard.file} is missing"
-    found = present[shard.file]
+    found, md5 = present[shard.file].size, present[shard.file].md5
     if found == shard.bytes:
+        if md5 is not None and shard.md5 is not None and md5 != shard.md5:
+            return f"{shard.file} was overwritten: its MD5 is {md5}, the index says {shard.md5}"
         return None
     what = "empty" if found == 0 else "truncated" if found < shard.bytes else "too long"
     return f"{shard.file} is {what}: {found} bytes, the index says {shard.bytes}"
@@ -180,10 +201,10 @@ def read_index(path: str) -> ShardIndex:
         manifest: dict[str, Any] = json.loads(text)
         if manifest["format"] != FORMAT:
             raise UserError(f"{file}: the format is {manifest['format']!r}, not {FORMAT!r}")
-        if manifest["version"] != VERSION:
+        if manifest["version"] not in READABLE_VERSIONS:
             raise UserError(
-                f"{file}: version {manifest['version']} of the index; this rae_xla reads version "
-                f"{VERSION}: make the shards again"
+                f"{file}: version {manifest['version']} of the index; this rae_xla reads versions "
+                f"up to {VERSION}: make the shards again"
             )
         shards = tuple(Shard(**shard) for shard in manifest["shards"])
         class_names = tuple(str(name) for name in manifest["classes"])
@@ -206,7 +227,7 @@ def read_index(path: str) -> ShardIndex:
             f"{file}: label {labels[bad[0]]} of sample {bad[0]} is out of range: the index names "
             f"{len(class_names)} classes; make the shards again with right labels"
         )
-    return ShardIndex(folder, shards, class_names, samples)
+    return ShardIndex(manifest.get("folder", folder), shards, class_names, samples)
 
 
 def _read_table(path: str, manifest: dict[str, Any]) -> NDArray[np.void]:

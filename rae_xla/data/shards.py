@@ -103,7 +103,7 @@ def _checked(
 def _claim(folder: str, prefix: str) -> None:
     """Mark the folder as ours, clear what an interrupted attempt left, refuse anything else."""
     storage.make_folder(folder)
-    present = storage.list_sizes(folder)
+    present = storage.list_files(folder)
     if INDEX_FILE in present:
         raise UserError(
             f"{folder}: there are finished shards already; delete the folder or choose another"
@@ -144,8 +144,13 @@ class _Writer:
                     while waiting is not None and self._fits(waiting, file, len(self.rows) - first):
                         self._add(waiting, tar, file)
                         waiting = next(samples, None)
-            digest = file.sha256.hexdigest()
-            yield Shard(name, len(self.rows) - first, file.position, digest)
+            yield Shard(
+                name,
+                len(self.rows) - first,
+                file.position,
+                file.sha256.hexdigest(),
+                file.md5.hexdigest(),
+            )
             number += 1
 
     def _fits(self, sample: ShardSample, file: _HashingFile, count: int) -> bool:
@@ -178,16 +183,18 @@ def _padded(length: int) -> int:
 
 
 class _HashingFile:
-    """Passes on what is written, keeping count and checksum."""
+    """Passes on what is written, keeping count and checksums."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
         self.position = 0
         self.sha256 = hashlib.sha256()
+        self.md5 = hashlib.md5(usedforsecurity=False)
 
     def write(self, content: bytes) -> int:
         self._file.write(content)
         self.sha256.update(content)
+        self.md5.update(content)
         self.position += len(content)
         return len(content)
 

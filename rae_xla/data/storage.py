@@ -6,10 +6,12 @@ else is a local path, a gcsfuse mount included. Missing files raise ``FileNotFou
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import os
 import uuid
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
 READ_AHEAD = 16 << 20
@@ -17,6 +19,15 @@ READ_AHEAD = 16 << 20
 
 TEMPORARY_MARK = ".tmp-"
 """Stands in the name of every file still being written, and in no finished one."""
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    """What a listing tells of a file: its bytes; in a bucket, which generation, and its MD5."""
+
+    size: int
+    generation: str | None = None
+    md5: str | None = None
 
 
 def is_remote(path: str) -> bool:
@@ -52,14 +63,19 @@ def read_bytes(path: str) -> bytes:
         return file.read()
 
 
-def read_range(path: str, start: int, length: int) -> bytes:
-    """``length`` bytes from ``start``; fewer only where the file ends before."""
+def read_range(path: str, start: int, length: int, generation: str | None = None) -> bytes:
+    """``length`` bytes from ``start``; fewer only where the file ends before.
+
+    With a ``generation`` (of a bucket's object, from ``list_files``), an object that was written
+    anew since raises ``FileNotFoundError`` instead of giving bytes of two versions.
+    """
     if not is_remote(path):
         # Unbuffered: a buffered file would read 8 KiB more than was asked for.
         with open(path, "rb", buffering=0) as file:
             return _pread(file.fileno(), start, length)
     files, inside = _remote(path)
-    return bytes(files.cat_file(inside, start=start, end=start + length))
+    pinned = {"generation": generation} if generation is not None else {}
+    return bytes(files.cat_file(inside, start=start, end=start + length, **pinned))
 
 
 @contextlib.contextmanager
@@ -120,21 +136,28 @@ def size(path: str) -> int:
     return int(files.size(inside))
 
 
-def list_sizes(folder: str) -> dict[str, int]:
-    """The files that lie directly in ``folder``: name to bytes, in one listing."""
+def list_files(folder: str) -> dict[str, FileInfo]:
+    """The files that lie directly in ``folder`` by name, in one listing."""
     if not is_remote(folder):
         with os.scandir(folder) as entries:
-            return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+            return {e.name: FileInfo(e.stat().st_size) for e in entries if e.is_file()}
     files, inside = _remote(folder)
     try:
         listed = files.ls(inside, detail=True, refresh=True)
     except FileNotFoundError:
         return {}  # A bucket has no folders: one with nothing in it does not exist.
     return {
-        entry["name"].rstrip("/").rpartition("/")[2]: int(entry["size"])
+        entry["name"].rstrip("/").rpartition("/")[2]: _file_info(entry)
         for entry in listed
         if entry["type"] == "file"
     }
+
+
+def _file_info(entry: dict[str, Any]) -> FileInfo:
+    md5 = entry.get("md5Hash")  # base64; an object put together from parts has none
+    return FileInfo(
+        int(entry["size"]), entry.get("generation"), base64.b64decode(md5).hex() if md5 else None
+    )
 
 
 def make_folder(path: str) -> None:

@@ -6,14 +6,14 @@ import hashlib
 import io
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import BinaryIO, cast
 
 from PIL import Image
 
 from rae_xla.data import storage
-from rae_xla.data.index import Shard, ShardIndex, read_index, size_fault
+from rae_xla.data.index import Shard, ShardIndex, listing_fault, read_index
 from rae_xla.data.reader import DECODE_ERRORS, IMAGE_EXTENSIONS
 
 
@@ -42,7 +42,7 @@ def verify(path: str, progress: Callable[[int], object] | None = None) -> list[F
         UserError: if the index itself cannot be read, so that there is nothing to compare with.
     """
     index = read_index(path)
-    present = storage.list_sizes(index.folder)
+    present = storage.list_files(index.folder)
     faults: list[Fault] = []
     first = 0
     for shard in index.shards:
@@ -62,13 +62,13 @@ def _shard_faults(
     index: ShardIndex,
     shard: Shard,
     first: int,
-    present: dict[str, int],
+    present: Mapping[str, storage.FileInfo],
     progress: Callable[[int], object],
 ) -> Iterator[str]:
     """The faults of one shard, whose samples start at number ``first``."""
-    if (fault := size_fault(shard, present)) is not None:
+    if (fault := listing_fault(shard, present)) is not None:
         yield fault.removeprefix(f"{shard.file} is ")
-        if not present.get(shard.file):
+        if shard.file not in present or not present[shard.file].size:
             return
     elif shard.bytes == 0 or shard.samples == 0:
         yield "the index says it is empty"

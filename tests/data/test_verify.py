@@ -176,7 +176,9 @@ class TestIndexFile:
             open_index(str(folder))
 
     def test_of_another_kind_or_version(self, folder):
-        with pytest.raises(UserError, match="version 9 of the index; this rae_xla reads version 1"):
+        with pytest.raises(
+            UserError, match="version 9 of the index; this rae_xla reads versions up to 2"
+        ):
             open_index(self._edit(folder, version=9))
         with pytest.raises(UserError, match="the format is 'other'"):
             open_index(self._edit(folder, format="other"))
