@@ -204,7 +204,11 @@ def test_no_such_python_is_an_error(machine, asked):
 
 @pytest.mark.parametrize(
     ("accelerator", "extras"),
-    [("cpu", "xla,quickstart,dev"), ("tpu", "tpu,xla,quickstart,dev"), ("cuda", "quickstart,dev")],
+    [
+        ("cpu", "xla,quickstart,hub,dev"),
+        ("tpu", "tpu,xla,quickstart,hub,dev"),
+        ("cuda", "quickstart,hub,dev"),
+    ],
 )
 def test_extras_of_each_accelerator(machine, accelerator, extras):
     result = machine.install(f"--accelerator {accelerator}")
@@ -249,7 +253,7 @@ def test_another_choice_makes_it_anew(machine):
     (machine.project / ".venv/keepsake").touch()
     result = machine.install("--accelerator cuda")
     assert "making it anew" in result.stdout
-    assert machine.installed.endswith("--editable .[quickstart,dev]")
+    assert machine.installed.endswith("--editable .[quickstart,hub,dev]")
     assert not (machine.project / ".venv/keepsake").exists()
 
 
@@ -269,7 +273,9 @@ def test_an_interrupted_installation_is_taken_up(machine):
     machine.broken.unlink()
     result = machine.install()
     assert result.returncode == 0
-    assert machine.installed.endswith("--editable .[quickstart,dev]")  # the choice is remembered
+    assert machine.installed.endswith(
+        "--editable .[quickstart,hub,dev]"
+    )  # the choice is remembered
     assert machine.install().stdout.startswith("install: ready:")
 
 
