@@ -1,11 +1,15 @@
-"""How fast the sample stream is, against decoding and cropping alone.
+"""How fast training images come, on one core: against the work itself, and the usual loader.
 
-    python benchmarks/data_loading.py [--seconds 5]
+    python benchmarks/data.py [--seconds 8] [--rounds 3] [--images 512]
 
-Shards of small PNGs (32 px) and of JPEGs (256 px) are made from generated pictures, then read: by
-a plain loop over images already in memory (the limit of one core), by the stream with its thread,
-and with worker processes. The ratio is the stream's rate over that limit; with several cores,
-workers pass 1.
+Everything measured runs on one core, with one worker process; the storage server of the last two
+rows has another. The pictures are JPEGs of 500 x 375 pixels, about 100 kB each, and the same ones
+resized to 256 px; both as parts of a data set of ImageNet's size (the index lists them over and
+over), read as one of 16 hosts does that train with a batch of 1,024.
+
+- limit: decode and crop to 256 px, from memory, and nothing else
+- reference: ImageFolder, ADM's centre crop, flip and ToTensor in a DataLoader, as published
+- ours: shards of the same files on disk; of files at 256 px; in a bucket; in one 50 ms away
 """
 
 from __future__ import annotations
@@ -13,77 +17,188 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageFilter
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
 
-from rae_xla.data.reader import read_image
-from rae_xla.data.shards import ShardIndex, ShardSample, write_shards
+from rae_xla.data.encoding import Encoding
+from rae_xla.data.folder_source import folder_source
+from rae_xla.data.index import ShardIndex, open_index
+from rae_xla.data.reader import SampleReader
+from rae_xla.data.shards import write_shards
 from rae_xla.data.stream import SampleStream
-from rae_xla.data.transforms import CenterCrop
+from rae_xla.data.transforms import CenterCrop, center_crop
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from gcs_emulator import GcsEmulator
+from photographs import photograph
+
+RATIOS = (
+    ("reference", "limit"),
+    ("ours, from disk", "limit"),
+    ("ours, from disk", "reference"),
+    ("ours, from disk at 256 px", "reference"),
+    ("ours, from a bucket", "ours, from disk"),
+    ("ours, from 50 ms away", "ours, from a bucket"),
+)
+"""What is measured, and against what."""
+
+SIZE, BATCH, HOSTS, IMAGENET = 256, 1024, 16, 1_281_167
+CLASSES = 8
 
 
-def pictures(count: int, size: int, kind: str) -> Iterator[ShardSample]:
-    """Blurred noise, which compresses about as a photograph does."""
-    rng = np.random.default_rng(0)
+def write_images(folder: Path, count: int) -> None:
+    """Files in a folder for each class."""
     for number in range(count):
-        noise = Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8))
-        buffer = io.BytesIO()
-        noise.filter(ImageFilter.GaussianBlur(1)).save(buffer, kind, quality=90)
-        yield ShardSample(buffer.getvalue(), "png" if kind == "PNG" else "jpg", number % 10)
+        path = folder / f"{number % CLASSES:03d}" / f"{number:06d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(photograph(number, (500, 375)))
 
 
-def limit(index: ShardIndex, size: int, seconds: float) -> float:
-    """Images per second of decode and crop alone, on one core, from memory."""
-    encoded = [read_image(index, sample) for sample in range(min(len(index), 512))]
-    crop, done, start = CenterCrop(size), 0, time.perf_counter()
-    while time.perf_counter() - start < seconds:
-        with Image.open(io.BytesIO(encoded[done % len(encoded)])) as image:
-            crop(image, (0, 0))
-        done += 1
-    return done / (time.perf_counter() - start)
+def as_imagenet(index: ShardIndex) -> ShardIndex:
+    """The same samples over and over, as many as ImageNet has."""
+    copies = -(-IMAGENET // len(index))
+    return replace(index, shards=index.shards * copies, samples=np.tile(index.samples, copies))
 
 
-def stream_rate(index: ShardIndex, size: int, workers: int, seconds: float) -> float:
-    """Images per second of the stream once it runs, for a caller that does nothing else."""
+def rate(batches: Iterator[int], seconds: float, warm_up: float) -> float:
+    """Images per second of an iterator of numbers of images, once it runs."""
+    begin = time.perf_counter()
+    while time.perf_counter() - begin < warm_up:
+        next(batches)
+    done, begin = 0, time.perf_counter()
+    while time.perf_counter() - begin < seconds:
+        done += next(batches)
+    return done / (time.perf_counter() - begin)
+
+
+def work_alone(index: ShardIndex, count: int) -> Generator[int, None, None]:
+    """Decode and crop, from memory."""
+    encoded = [bytes(SampleReader(index).image(0, i)) for i in range(min(count, len(index)))]
+    crop = CenterCrop(SIZE, fast=True)
+    while True:
+        for content in encoded:
+            with Image.open(io.BytesIO(content)) as image:
+                crop(image, (0, 0))
+            yield 1
+
+
+def reference(folder: Path) -> Generator[int, None, None]:
+    """The published loader, endlessly."""
+    transform = transforms.Compose(
+        [
+            transforms.Lambda(partial(adm_crop, size=SIZE)),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+        ]
+    )
+    loader = DataLoader(
+        ImageFolder(str(folder), transform),
+        batch_size=BATCH // HOSTS,
+        shuffle=True,
+        num_workers=1,
+        drop_last=True,
+        persistent_workers=True,
+    )
+    while True:
+        for images, _ in loader:
+            yield len(images)
+
+
+def adm_crop(image: Image.Image, size: int) -> Image.Image:
+    """ADM's centre crop, exact."""
+    return Image.fromarray(center_crop(image, size))
+
+
+def ours(index: ShardIndex) -> Generator[int, None, None]:
+    """The training stream of one of the hosts, with one worker process."""
     stream = SampleStream(
-        index,
+        as_imagenet(index),
         seed=0,
-        global_batch_size=64,
-        transform=CenterCrop(size),
-        num_workers=workers,
+        global_batch_size=BATCH,
+        transform=CenterCrop(SIZE, fast=True),
+        process_count=HOSTS,
+        num_workers=1,
         flip=True,
     )
-    batches = stream.batches()
-    for _ in range(4):  # the workers start, and the batches made ahead are used up
-        next(batches)
-    done, start = 0, time.perf_counter()
-    while time.perf_counter() - start < seconds:
-        done += len(next(batches)["label"])
-    rate = done / (time.perf_counter() - start)
-    batches.close()
-    return rate
+    for batch in stream.batches():
+        yield len(batch["label"])
+
+
+def largest_difference(index: ShardIndex, count: int = 64) -> tuple[int, float]:
+    """Of 255, between our crop and the exact one: the largest, and the mean."""
+    reader, differences = SampleReader(index), []
+    for sample in range(count):
+        fast = reader.load(0, sample, CenterCrop(SIZE, fast=True), (0, 0))
+        exact = reader.load(0, sample, CenterCrop(SIZE), (0, 0))
+        differences.append(np.abs(fast.astype(int) - exact))
+    return int(np.max(differences)), float(np.mean(differences))
 
 
 def main() -> None:
-    """Print one line per kind of image and number of workers."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=5.0, help="length of each measurement")
-    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
+    """Make the data, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=8.0, help="length of each measurement")
+    parser.add_argument("--rounds", type=int, default=3, help="how often each is measured")
+    parser.add_argument("--images", type=int, default=512, help="different pictures")
     args = parser.parse_args()
-    print(f"{os.cpu_count()} cores; images/s, and the ratio to decode + crop on one core")
-    with tempfile.TemporaryDirectory() as folder:
-        for kind, size, count in (("PNG", 32, 4096), ("JPEG", 256, 1024)):
-            index = write_shards(pictures(count, size, kind), os.path.join(folder, kind))
-            most = limit(index, size, args.seconds)
-            average = index.num_bytes / len(index) / 1000
-            print(f"{size}-px {kind} ({average:.1f} kB): decode + crop alone {most:,.0f}")
-            for workers in args.workers:
-                rate = stream_rate(index, size, workers, args.seconds)
-                print(f"  stream, {workers} workers: {rate:8,.0f}   ratio {rate / most:.2f}")
+    cores = sorted(os.sched_getaffinity(0))
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as name, GcsEmulator() as server:
+        os.environ |= server.environment()
+        server.create_bucket("shards")
+        folder = Path(name)
+        write_images(folder / "images", args.images)
+        originals = write_shards(folder_source(str(folder / "images")), str(folder / "originals"))
+        resized = folder_source(str(folder / "images"), encoding=Encoding(SIZE, quality=90))
+        small = write_shards(resized, str(folder / "small"))
+        write_shards(folder_source(str(folder / "images")), "gs://shards/originals")
+        bucket = open_index("gs://shards/originals")
+        average = originals.num_bytes / len(originals) / 1000
+        print(
+            f"{args.images} JPEGs of {average:.0f} kB; at 256 px "
+            f"{small.num_bytes / len(small) / 1000:.0f} kB; one core of {len(cores)}"
+        )
+        largest, mean = largest_difference(originals)
+        print(f"our crop against ADM's, of 255: {largest} at most, {mean:.5f} on average")
+
+        os.sched_setaffinity(0, cores[:1])  # what is measured, and its worker
+        os.sched_setaffinity(server.pid, cores[-1:])
+        rates: dict[str, list[float]] = {}
+
+        def measure(name: str, batches: Generator[int, None, None], warm_up: float = 3) -> None:
+            with closing(batches):
+                rates.setdefault(name, []).append(rate(batches, args.seconds, warm_up))
+
+        # In turns: how fast a shared machine is changes while this runs.
+        for _ in range(args.rounds):
+            measure("limit", work_alone(originals, 512))
+            measure("reference", reference(folder / "images"))
+            measure("ours, from disk", ours(originals))
+            measure("ours, from disk at 256 px", ours(small))
+            measure("ours, from a bucket", ours(bucket), 12)
+            server.set_latency(0.05)
+            measure("ours, from 50 ms away", ours(bucket), 12)
+            server.set_latency(0)
+        for name, several in rates.items():
+            print(f"{name:<28}{statistics.median(several):>8,.0f} images/s")
+        for name, against in RATIOS:
+            pairs = zip(rates[name], rates[against], strict=True)
+            ratio = statistics.median(one / other for one, other in pairs)
+            print(f"{name:<28}{ratio:>8.2f} x {against}")
 
 
 if __name__ == "__main__":

@@ -301,7 +301,7 @@ def test_unknown_key_in_a_file_names_the_file(write):
         ("training.optimizer.betas=[0.9]", "expected a list of 2 numbers, got [0.9] (list)"),
         ("eval.metrics=[1]", "expected a list of texts"),
         ("data.flip=1", "expected true or false or null, got 1 (int)"),
-        ("data.train=5", "expected text or null, got 5 (int); write it in quotes"),
+        ("data.train=5", "expected text or a list of texts or null, got 5 (int)"),
         ("sampler.mode=PDE", "expected one of ODE, SDE, got 'PDE' (str)"),
         ("training=3", "expected a section of `key: value`, got 3 (int)"),
         ("stage_1.params.encoder_params=3", "expected a section of `key: value`, got 3 (int)"),

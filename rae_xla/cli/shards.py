@@ -1,37 +1,95 @@
-"""``rae-xla shards make`` and ``rae-xla shards verify``."""
+"""``rae-xla shards``: make, index, verify, and say what is in them."""
 
 from __future__ import annotations
 
 import argparse
 import re
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 
 from tqdm import tqdm
 
-from rae_xla.data.index import ShardIndex, read_index
-from rae_xla.data.shards import SHARD_BYTES, verify, write_shards
+from rae_xla.data.class_names import read_class_names
+from rae_xla.data.encoding import Encoding, ShardSample
+from rae_xla.data.foreign_shards import index_shards
+from rae_xla.data.index import ShardIndex, open_index, read_index
+from rae_xla.data.shard_journal import check_target
+from rae_xla.data.shard_picture import save_picture
+from rae_xla.data.shard_stats import LOOKED_AT, report, shard_stats
+from rae_xla.data.shards import SHARD_BYTES, make_shards, verify
 from rae_xla.data.sources import open_source
+from rae_xla.errors import UserError
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the two sub-commands and their options."""
+    """Declare the sub-commands and their options."""
     commands = parser.add_subparsers(dest="shards_command", metavar="COMMAND", required=True)
+    _add_make(commands.add_parser("make", help="write shards from images, tars, parquet or arrays"))
 
-    make = commands.add_parser("make", help="write shards from a folder of images or from arrays")
+    index = commands.add_parser("index", help="write the index of WebDataset tars of others")
+    index.add_argument(
+        "source",
+        metavar="SHARDS",
+        help="a folder of .tar files, one of them, or a pattern such as x-{0000..1023}.tar; local "
+        "or gs://",
+    )
+    index.add_argument("--out", metavar="FOLDER", help="where to write it (default: beside them)")
+    _add_classes(index)
+    _add_workers(index, "processes that read")
+
+    check = commands.add_parser("verify", help="read every byte of shards, report every fault")
+    check.add_argument("out", metavar="SHARDS", help="the folder of shards or its index.json")
+    _add_workers(check, "processes that read")
+
+    stats = commands.add_parser("stats", help="count classes, sizes, formats and resolutions")
+    stats.add_argument("shards", metavar="SHARDS", help="the folder of shards or its index.json")
+    stats.add_argument("--out", metavar="PICTURE", help="draw histograms into this .png file")
+    stats.add_argument(
+        "--sample",
+        type=int,
+        default=LOOKED_AT,
+        metavar="N",
+        help=f"images whose headers are read, spread evenly (default: {LOOKED_AT:,})",
+    )
+
+
+def _add_make(make: argparse.ArgumentParser) -> None:
     make.add_argument(
         "source",
         metavar="SOURCE",
-        help="a folder with a sub-folder of images per class; an .npz file with arrays 'images' "
-        "(uint8, N x H x W [x 3]) and 'labels'; or an .npy file of images (then give --labels)",
+        help="a folder with a sub-folder of images per class; WebDataset tars (a folder, a file, a "
+        "pattern such as x-{0000..1023}.tar); hf:OWNER/NAME; a .parquet file or a folder of them; "
+        "an .npz file with arrays 'images' (uint8, N x H x W [x 3]) and 'labels'; or an .npy file "
+        "of images (then give --labels)",
     )
     make.add_argument("out", metavar="OUT", help="a new or empty folder, local or gs://")
+    _add_classes(make)
     make.add_argument("--labels", metavar="FILE", help="labels (.npy) of an .npy file of images")
+    make.add_argument(
+        "--split", default="train", help="of a Hugging Face data set (default: train)"
+    )
+    make.add_argument("--image-column", metavar="NAME", help="its column of images")
+    make.add_argument("--label-column", metavar="NAME", help="its column of labels")
     make.add_argument(
         "--image-size",
         type=int,
         metavar="N",
         help="shorten the shorter side of larger images to N pixels (default: keep the files)",
+    )
+    make.add_argument(
+        "--resize",
+        choices=("adm", "bicubic"),
+        help="how: halved with a box filter and then bicubic, which keeps ADM's centre crops (the "
+        "default), or one bicubic step",
+    )
+    make.add_argument(
+        "--quality",
+        type=int,
+        metavar="Q",
+        help="store resized images as JPEG of this quality, 1 to 100 (default: as PNG, lossless)",
     )
     make.add_argument(
         "--shard-size",
@@ -43,22 +101,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     make.add_argument(
         "--samples-per-shard", type=int, metavar="N", help="samples of a shard at most"
     )
-    make.add_argument(
-        "--workers", type=int, default=1, metavar="N", help="processes that encode (default: 1)"
-    )
+    _add_workers(make, "processes that encode")
     make.add_argument(
         "--keep-order",
         action="store_true",
         help="keep the order of the source (default: mix it, so that shards hold all classes)",
     )
 
-    check = commands.add_parser("verify", help="read every byte of a folder of shards")
-    check.add_argument("out", metavar="OUT", help="the folder of shards or its index.json")
+
+def _add_classes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--classes",
+        metavar="FILE",
+        help='names and labels of the classes: a JSON object {"name": label} or array, or lines '
+        "'name label' or just 'name', in order",
+    )
+
+
+def _add_workers(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help=f"{what} (default: 1)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Do what the arguments say; the exit status is 1 if ``verify`` found a fault."""
-    return _make(args) if args.shards_command == "make" else _verify(args)
+    if getattr(args, "workers", 1) < 1:
+        raise UserError(f"--workers is {args.workers}; it must be at least 1")
+    command = {"make": _make, "index": _index, "verify": _verify, "stats": _stats}
+    return command[args.shards_command](args)
 
 
 def parse_bytes(text: str) -> int:
@@ -70,29 +139,65 @@ def parse_bytes(text: str) -> int:
 
 
 def _make(args: argparse.Namespace) -> int:
+    if args.resize and args.image_size is None:
+        raise UserError(f"--resize {args.resize} resizes nothing without --image-size")
+    check_target(args.out)  # before a large source is looked through in vain
     source = open_source(
         args.source,
+        encoding=Encoding(args.image_size, args.resize or "adm", args.quality),
+        class_names=_class_names(args),
         labels=args.labels,
-        image_size=args.image_size,
+        split=args.split,
+        image_column=args.image_column,
+        label_column=args.label_column,
         shuffle=not args.keep_order,
         workers=args.workers,
     )
-    with tqdm(source, desc="writing shards", unit="image") as samples:
-        index = write_shards(
-            samples,
+
+    # The bar must end before an error is printed, wherever that comes from.
+    with ExitStack() as stack:
+
+        def shown(samples: Iterator[ShardSample], done: int) -> Iterable[ShardSample]:
+            if done:
+                print(f"{args.out}: going on after {done:,} images", file=sys.stderr)
+            bar = tqdm(
+                samples, initial=done, total=len(source), desc="writing shards", unit="image"
+            )
+            return stack.enter_context(bar)
+
+        index = make_shards(
+            source,
             args.out,
-            classes=source.classes,
             shard_size_bytes=args.shard_size,
             samples_per_shard=args.samples_per_shard,
+            progress=shown,
         )
     print(f"{index.folder}: {_counts(index)}")
+    return 0
+
+
+def _index(args: argparse.Namespace) -> int:
+    with tqdm(desc="indexing", unit="B", unit_scale=True) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        index = index_shards(
+            args.source,
+            args.out,
+            class_names=_class_names(args),
+            workers=args.workers,
+            progress=progress,
+        )
+    print(f"{args.out or index.folder}: {_counts(index)}")
     return 0
 
 
 def _verify(args: argparse.Namespace) -> int:
     index = read_index(args.out)
     with tqdm(total=len(index), desc="verifying", unit="image") as bar:
-        faults = verify(args.out, progress=bar.update)
+        faults = verify(args.out, progress=bar.update, workers=args.workers)
     for fault in faults:
         print(f"fault: {fault}")
     if faults:
@@ -100,6 +205,19 @@ def _verify(args: argparse.Namespace) -> int:
         return 1
     print(f"{index.folder}: ok, {_counts(index)}")
     return 0
+
+
+def _stats(args: argparse.Namespace) -> int:
+    stats = shard_stats(open_index(args.shards), args.sample)
+    print(report(stats))
+    if args.out:
+        save_picture(stats, args.out)
+        print(f"picture: {args.out}")
+    return 0
+
+
+def _class_names(args: argparse.Namespace) -> tuple[str, ...] | None:
+    return read_class_names(args.classes) if args.classes else None
 
 
 def _counts(index: ShardIndex) -> str:

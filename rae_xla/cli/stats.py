@@ -27,6 +27,10 @@ def run(args: argparse.Namespace) -> int:
     path = args.data or config.data.train
     if path is None:
         raise UserError("no data to measure: give --data SHARDS or data.train=SHARDS")
+    if not isinstance(path, str):
+        raise UserError(
+            "data.train names several sources: give the one to measure as --data SHARDS"
+        )
     if config.stage_1 is None:
         raise UserError(f"{args.config} has no stage_1 section: it names the encoder to measure")
 

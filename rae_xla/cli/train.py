@@ -30,15 +30,15 @@ def run(args: argparse.Namespace) -> int:
     if config.data.train is None:
         raise UserError("no training data: give --data SHARDS or data.train=SHARDS")
 
-    from rae_xla.data.shards import open_index
+    from rae_xla.data.mixture import open_training_data
     from rae_xla.runtime import start
     from rae_xla.train.folder import claim_folder
     from rae_xla.train.loop import train
 
-    index = open_index(config.data.train)
-    claim_folder(args.results_dir, config, index.fingerprint)
+    data = open_training_data(config.data.train, config.data.weights)
+    claim_folder(args.results_dir, config, data.fingerprint)
     runtime = start(config.runtime, config.mesh, seed=config.training.global_seed)
-    checkpoint = train(config, runtime, index, args.stage, args.results_dir)
+    checkpoint = train(config, runtime, data, args.stage, args.results_dir)
     if runtime.process_index == 0:
         print(f"checkpoint: {checkpoint}")
     return 0

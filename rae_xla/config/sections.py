@@ -244,7 +244,12 @@ class WeightsConfig:
 class DataConfig:
     """Where images come from and how they are cut."""
 
-    train: Annotated[str | None, "folder of training shards, local or gs://"] = None
+    train: Annotated[
+        str | tuple[str, ...] | None, "folder of training shards, local or gs://; or a list of them"
+    ] = None
+    weights: Annotated[
+        tuple[float, ...] | None, "of a list: each one's share of a batch; default: equal shares"
+    ] = None
     val: Annotated[str | None, "folder of validation shards"] = None
     image_size: Annotated[int, "side of an image in pixels; default: what the decoder returns"] = (
         256
@@ -255,6 +260,13 @@ class DataConfig:
     flip: Annotated[bool | None, "random horizontal flip; default: in stage 2 only"] = None
     num_workers: Annotated[int, "processes that decode images; 0: none"] = 0
     prefetch: Annotated[int, "batches prepared ahead"] = 2
+    max_bad_samples: Annotated[
+        float, "share of the samples read that may be unusable before the run stops"
+    ] = 0.001
+    cache_dir: Annotated[
+        str | None, "folder on a local disk or RAM disk that keeps what is read of the shards"
+    ] = None
+    cache_gb: Annotated[float, "size of that folder at most, 10^9 bytes"] = 100.0
 
 
 @dataclass(frozen=True)

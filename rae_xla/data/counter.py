@@ -26,6 +26,8 @@ class Purpose(IntEnum):
     CROP_Y = 3
     FLIP = 4
     SHARD_ORDER = 5
+    REPLACEMENT = 6
+    SOURCE = 7
 
 
 def counter_hash(*counters: int | NDArray[np.int64]) -> NDArray[np.uint64]:

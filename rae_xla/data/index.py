@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import zlib
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -153,12 +155,19 @@ def open_index(path: str, num_classes: int | None = None) -> ShardIndex:
         num_classes: if given, every label must be below it.
 
     Raises:
-        UserError: if the index is missing or damaged, if a shard is missing or has another size
-            than the index says, or if a label is out of range.
+        UserError: if the index is missing or damaged, if a shard is missing, has another size than
+            the index says or was overwritten, or if a label is out of range.
     """
     index = read_index(path)
-    present = storage.list_files(index.folder)
+    try:
+        present = storage.list_files(index.folder)
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(
+            f"{path}: the index is of shards in {index.folder}, and there is no such folder; put "
+            "them back, or index them where they are (`rae-xla shards index`)"
+        ) from None
     wrong = [fault for shard in index.shards if (fault := listing_fault(shard, present))]
+    wrong = wrong or _overwritten(index, present)
     if wrong:
         more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
         raise UserError(
@@ -169,6 +178,26 @@ def open_index(path: str, num_classes: int | None = None) -> ShardIndex:
         index.check_labels(num_classes)
     pinned = {s.file: g for s in index.shards if (g := present[s.file].generation) is not None}
     return replace(index, generations=pinned)
+
+
+def _overwritten(index: ShardIndex, present: Mapping[str, storage.FileInfo]) -> list[str]:
+    """Shards of the right size whose last image is another than the one that was indexed.
+
+    Only where a listing does not tell: on a disk, and of a bucket's objects without an MD5.
+    """
+
+    def fault(shard: Shard, end: int) -> str | None:
+        if present[shard.file].md5 is not None and shard.md5 is not None:
+            return None
+        row = index.samples[end - 1]
+        content = storage.read_range(index.path_of(shard), int(row["offset"]), int(row["size"]))
+        if zlib.crc32(content) == int(row["crc32"]):
+            return None
+        return f"{shard.file} was overwritten: its last image is not the one that was indexed"
+
+    with ThreadPoolExecutor(32) as pool:
+        faults = pool.map(fault, index.shards, index.ends.tolist())
+        return [text for text in faults if text is not None]
 
 
 def listing_fault(shard: Shard, present: Mapping[str, storage.FileInfo]) -> str | None:

@@ -24,6 +24,8 @@ from rae_xla.data.counter import Purpose, counter_hash
 from rae_xla.errors import UserError
 
 Ids = NDArray[np.int64]
+Ahead = tuple[int, int, int]
+"""The name of a window: epoch, stream, number."""
 
 MANY_BLOCKS = 1 << 14
 """Blocks wanted at least; a set of up to twice as many samples is permuted sample by sample."""
@@ -95,9 +97,28 @@ class SampleOrder:
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         if not self.shuffle:
             return step_in_epoch * self.global_batch_size + np.arange(first, last, dtype=np.int64)
-        return np.concatenate(list(self._pieces(epoch, step_in_epoch, first, last)))
+        return np.concatenate([ids for _, ids in self._pieces(epoch, step_in_epoch, first, last)])
 
-    def _pieces(self, epoch: int, step_in_epoch: int, first: int, last: int) -> Iterator[Ids]:
+    def ahead(self, step: int, first: int, last: int) -> Iterator[tuple[Ahead, Ids]]:
+        """What is best read at once by whoever makes rows ``first:last`` from ``step`` on.
+
+        Yields:
+            for every window that the rows of ``step`` come from, the samples that these rows still
+            take from it, in no useful order, and a name that stays the same while the window does.
+        """
+        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+        if not self.shuffle:
+            yield (epoch, 0, step_in_epoch), self.rows(step, first, last)
+            return
+        per_step = self.global_batch_size // self.streams
+        for place, _ in self._pieces(epoch, step_in_epoch, first, last):
+            rest = place.ids[place.position :]
+            rows = place.stream * per_step + (place.row + np.arange(len(rest))) % per_step
+            yield (epoch, place.stream, place.number), rest[(rows >= first) & (rows < last)]
+
+    def _pieces(
+        self, epoch: int, step_in_epoch: int, first: int, last: int
+    ) -> Iterator[tuple[_Place, Ids]]:
         """The same ids in pieces: one for every stream and window that the rows run through."""
         per_step = self.global_batch_size // self.streams
         while first < last:
@@ -108,9 +129,21 @@ class SampleOrder:
             shift = self.window * stream // self.streams
             number = (position + shift) // self.window
             start = max(0, number * self.window - shift)
-            piece = _window(self, epoch, stream, number, start)[position - start :][:wanted]
-            yield piece
+            window = _window(self, epoch, stream, number, start)
+            piece = window[position - start :][:wanted]
+            yield _Place(stream, number, window, position - start, row), piece
             first += len(piece)
+
+
+@dataclass(frozen=True, eq=False)
+class _Place:
+    """A position in a window's ``ids``, and the row of its stream that stands there."""
+
+    stream: int
+    number: int
+    ids: Ids
+    position: int
+    row: int
 
 
 @lru_cache(maxsize=1024)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import signal
 import traceback
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from ctypes import c_uint8
 from itertools import chain, islice, pairwise
 from multiprocessing import get_context
@@ -20,7 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from rae_xla.data.rows import Arrays, Rows
+from rae_xla.data.faults import BadSample
+from rae_xla.data.rows import Arrays, Made, Rows
 from rae_xla.errors import UserError
 
 ALIGNMENT = 64
@@ -32,12 +34,13 @@ Layout = list[tuple[str, tuple[int, ...], str]]
 
 def in_thread(
     rows: Rows, steps: Iterator[int], first: int, last: int, ahead: int
-) -> Iterator[Arrays]:
+) -> Generator[Made, None, None]:
     """Rows ``first:last`` of every step, made in one thread beside the caller's."""
-    with ThreadPoolExecutor(1, "rae-xla-data") as thread:
+    maker = rows.open(first, last)
+    with closing(maker), ThreadPoolExecutor(1, "rae-xla-data") as thread:
 
-        def submit(count: int) -> Iterator[Future[Arrays]]:
-            return (thread.submit(rows, step, first, last) for step in islice(steps, count))
+        def submit(count: int) -> Iterator[Future[Made]]:
+            return (thread.submit(maker.make, step) for step in islice(steps, count))
 
         pending = deque(submit(max(1, ahead)))
         try:
@@ -52,7 +55,7 @@ def in_thread(
 
 def in_processes(
     rows: Rows, steps: Iterator[int], first: int, last: int, ahead: int, workers: int
-) -> Iterator[Arrays]:
+) -> Generator[Made, None, None]:
     """The same from ``workers`` processes; the arrays are valid until the next is asked for.
 
     Every worker makes its own share of the rows of every step, so that it reads from few streams,
@@ -66,7 +69,8 @@ def in_processes(
     if opening is None:
         return
     # Made here, one row tells the layout of all, and a broken data set before a process starts.
-    row = rows(opening, first, first + 1)
+    with closing(rows.open(first, first + 1)) as maker:
+        row = maker.make(opening).arrays
     layout: Layout = [(name, (last - first, *a.shape[1:]), a.dtype.str) for name, a in row.items()]
     context = get_context("spawn")  # torch_xla cannot live in a forked process
     # One for every batch in the making and one in use. Unlinked as soon as it is made, so that
@@ -98,11 +102,10 @@ def in_processes(
             pipes.append(ours)
         submit(ahead)
         while pending:
-            for pipe in pipes:
-                _receive(pipe)
+            bad = [sample for pipe in pipes for sample in _receive(pipe)]
             slot = pending.popleft()
             submit(1)
-            yield views[slot]
+            yield Made(views[slot], bad)
             free.append(slot)
     finally:
         for process in processes:
@@ -127,16 +130,18 @@ def _send(pipe: Connection, task: tuple[int, int]) -> None:
         raise UserError(WORKER_DIED) from None
 
 
-def _receive(pipe: Connection) -> None:
-    """Wait until a worker has done its share of the oldest step."""
+def _receive(pipe: Connection) -> list[BadSample]:
+    """Wait until a worker has done its share of the oldest step; what it had to replace there."""
     try:
-        kind, text = pipe.recv()
+        kind, content = pipe.recv()
     except (EOFError, ConnectionResetError):
         raise UserError(WORKER_DIED) from None
     if kind == "user error":
-        raise UserError(text)
+        raise UserError(content)
     if kind == "bug":
-        raise RuntimeError(f"in a data worker process:\n{text}")
+        raise RuntimeError(f"in a data worker process:\n{content}")
+    bad: list[BadSample] = content
+    return bad
 
 
 def _work(
@@ -146,15 +151,18 @@ def _work(
     # Ctrl-C reaches the whole process group; the main process decides what becomes of it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     views = [_views(slot, layout) for slot in slots]
+    maker = rows.open(low, high)
     while True:
         try:
             slot, step = pipe.recv()
         except EOFError:
-            return  # the main process is gone
-        answer = ("done", "")
+            break  # the main process is gone
+        answer: tuple[str, Any]
         try:
-            for name, part in rows(step, low, high).items():
+            made = maker.make(step)
+            for name, part in made.arrays.items():
                 views[slot][name][low - first : high - first] = part
+            answer = ("done", made.bad)
         except UserError as error:
             answer = ("user error", str(error))
         except Exception:
@@ -162,7 +170,8 @@ def _work(
         try:
             pipe.send(answer)
         except BrokenPipeError:
-            return
+            break
+    maker.close()
 
 
 def _length(layout: Layout) -> int:

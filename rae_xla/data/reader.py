@@ -10,8 +10,11 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from rae_xla.data import storage
+from rae_xla.data.cache import RangeCache
+from rae_xla.data.faults import SampleError
 from rae_xla.data.index import ShardIndex
+from rae_xla.data.order import Ids
+from rae_xla.data.read_ahead import ReadAhead
 from rae_xla.data.transforms import Pixels, Transform
 from rae_xla.errors import UserError
 
@@ -29,47 +32,91 @@ DECODE_ERRORS = (
 """What Pillow raises for bytes that are not the image they claim to be."""
 
 
-def read_image(index: ShardIndex, sample: int) -> bytes:
-    """The encoded image of a sample.
+class SampleReader:
+    """The samples of one index, for one thread; what is expected is read ahead.
 
-    Raises:
-        UserError: naming the shard, if it is gone, ends before the sample or was changed.
+    Args:
+        index: of the shards.
+        cache: where ranges are kept on this host, if anywhere.
     """
-    row = index.samples[sample]
-    offset, size = int(row["offset"]), int(row["size"])
-    shard = index.shard_of(sample)
-    path = index.path_of(shard)
-    try:
-        content = storage.read_range(path, offset, size)
-    except FileNotFoundError:
-        raise UserError(f"{path}: the shard has disappeared; put it back and resume") from None
-    if len(content) != size:
-        raise UserError(
-            f"{path}: the shard is truncated: it ends before byte {offset + size}, where sample "
-            f"{sample} ends (the index says {shard.bytes} bytes); copy it again and resume"
+
+    def __init__(self, index: ShardIndex, cache: RangeCache | None = None) -> None:
+        self.index = index
+        self._ahead = ReadAhead(index, cache)
+
+    def expect(self, epoch: int, samples: Ids) -> None:
+        """Begin to read what ``load`` will be asked for."""
+        self._ahead.expect(epoch, samples)
+
+    def load(self, epoch: int, sample: int, transform: Transform, u: Sequence[float]) -> Pixels:
+        """The transformed pixels (H, W, 3) of a sample.
+
+        Raises:
+            SampleError: naming shard and sample, if its bytes cannot be had or decoded.
+        """
+        content = self.image(epoch, sample)
+        try:
+            with Image.open(io.BytesIO(content)) as image:
+                return np.asarray(transform(image, u))
+        except UserError:
+            raise
+        except DECODE_ERRORS as error:
+            path = self.index.path_of(self.index.shard_of(sample))
+            raise SampleError(
+                f"{path}: the image of sample {sample} does not decode ({error})",
+                "make the shards again without it",
+            ) from None
+
+    def image(self, epoch: int, sample: int) -> bytes | memoryview:
+        """The encoded image of a sample.
+
+        Raises:
+            SampleError: naming shard and sample, if its bytes cannot be had, or are others than
+                those that were indexed.
+        """
+        row = self.index.samples[sample]
+        length, crc32 = int(row["size"]), int(row["crc32"])
+        early = self._ahead.take(epoch, sample, length)
+        if early is not None and len(early) == length and zlib.crc32(early) == crc32:
+            return early
+        shard, offset = self.index.shard_of(sample), int(row["offset"])
+        fault = ""
+        # What is wrong in a cache is read once more from the shard.
+        for read in (self._ahead.read, self._ahead.read_anew):
+            try:
+                content = read(shard, offset, length)
+            except FileNotFoundError:
+                fault = f"sample {sample} is gone: the shard has disappeared or was overwritten"
+                continue
+            except OSError as error:
+                fault = f"sample {sample} cannot be read: {error}"
+                break  # it was tried more than once already
+            if len(content) != length:
+                fault = (
+                    f"the shard is truncated: it ends before byte {offset + length}, where sample "
+                    f"{sample} ends (the index says {shard.bytes} bytes)"
+                )
+            elif zlib.crc32(content) != crc32:
+                fault = (
+                    f"sample {sample} was changed after the index was written (its checksum "
+                    "differs)"
+                )
+            else:
+                return content
+        raise SampleError(
+            f"{self.index.path_of(shard)}: {fault}", "copy the shard again and start again"
         )
-    if zlib.crc32(content) != int(row["crc32"]):
-        raise UserError(
-            f"{path}: sample {sample} was changed after the index was written (its checksum "
-            "differs); copy the shard again and resume"
-        )
-    return content
+
+    def close(self) -> None:
+        """Give up what was expected and not asked for."""
+        self._ahead.close()
+
+
+def read_image(index: ShardIndex, sample: int) -> bytes:
+    """The encoded image of one sample; see ``SampleReader.image``."""
+    return bytes(SampleReader(index).image(0, sample))
 
 
 def load_sample(index: ShardIndex, sample: int, transform: Transform, u: Sequence[float]) -> Pixels:
-    """The transformed pixels (H, W, 3) of a sample.
-
-    Raises:
-        UserError: naming shard and sample, if the bytes cannot be read or decoded.
-    """
-    content = read_image(index, sample)
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            return np.asarray(transform(image, u))
-    except UserError:
-        raise
-    except DECODE_ERRORS as error:
-        raise UserError(
-            f"{index.path_of(index.shard_of(sample))}: the image of sample {sample} does not "
-            f"decode ({error}); make the shards again without it"
-        ) from None
+    """The transformed pixels (H, W, 3) of one sample; see ``SampleReader.load``."""
+    return SampleReader(index).load(0, sample, transform, u)

@@ -9,44 +9,40 @@ from __future__ import annotations
 
 import hashlib
 import io
-import re
 import tarfile
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import BinaryIO, cast
 
 import numpy as np
+import PIL
+from numpy.typing import NDArray
 
-from rae_xla.data import storage
-from rae_xla.data.index import (
-    INDEX_FILE,
-    SAMPLE,
-    TABLE_FILE,
-    Shard,
-    ShardIndex,
-    open_index,
-    save_index,
-)
+from rae_xla.data import shard_journal, storage
+from rae_xla.data.encoding import ShardSample
+from rae_xla.data.image_source import ImageSource, hash_of
+from rae_xla.data.index import SAMPLE, Shard, ShardIndex, open_index, save_index
+from rae_xla.data.shard_journal import FinishedShard, Recipe
 from rae_xla.data.verify import Fault, verify
 from rae_xla.errors import UserError
 
-__all__ = ["Fault", "ShardIndex", "ShardSample", "open_index", "verify", "write_shards"]
+__all__ = [
+    "Fault",
+    "ShardIndex",
+    "ShardSample",
+    "make_shards",
+    "open_index",
+    "verify",
+    "write_shards",
+]
 
 SHARD_BYTES = 256_000_000
 """Bytes of a shard unless told otherwise: thousands of samples, yet soon copied again."""
 
-WRITING_FILE = ".writing"
-"""Marks a folder being written; what lies beside it may be overwritten by the next attempt."""
-
-
-@dataclass(frozen=True)
-class ShardSample:
-    """An encoded image (the bytes of a PNG, JPEG, …), its file extension, and its label."""
-
-    image: bytes
-    extension: str
-    label: int
+Progress = Callable[[Iterator[ShardSample], int], Iterable[ShardSample]]
+"""Called with the samples to come and the number of those done; gives them on."""
 
 
 def write_shards(
@@ -60,7 +56,8 @@ def write_shards(
 ) -> ShardIndex:
     """Write ``samples`` in their order to a new folder of shards.
 
-    Interrupted, it leaves a folder without an ``index.json``; the next call starts it afresh.
+    Interrupted, it leaves a folder without an ``index.json``; the next call starts it afresh
+    (``make_shards`` goes on instead).
 
     Args:
         samples: read once, one at a time.
@@ -74,25 +71,79 @@ def write_shards(
         UserError: if the folder holds something else, there is no sample, or a label is negative
             or has no name.
     """
-    if shard_size_bytes < 1 or (samples_per_shard is not None and samples_per_shard < 1):
-        raise UserError("a shard must have room for at least one byte and one sample")
-    out_dir = str(out_dir)
-    _claim(out_dir, prefix)
-    writer = _Writer(out_dir, prefix, shard_size_bytes, samples_per_shard)
-    shards = list(writer.shards(_checked(samples, classes)))
-    if not shards:
-        raise UserError(f"{out_dir}: there is no sample to write; check the source")
-    table = np.array(writer.rows, SAMPLE)
-    names = classes or [str(label) for label in range(int(table["label"].max()) + 1)]
-    save_index(out_dir, shards, names, table)
-    storage.remove(storage.join(out_dir, WRITING_FILE))
-    return open_index(out_dir)
+    writer = _Writer(str(out_dir), prefix, shard_size_bytes, samples_per_shard)
+    shard_journal.claim(writer.folder, prefix)
+    for _ in writer.shards(_checked(samples, classes)):
+        pass
+    return writer.finish(classes)
+
+
+def make_shards(
+    source: ImageSource,
+    out_dir: str,
+    *,
+    shard_size_bytes: int = SHARD_BYTES,
+    samples_per_shard: int | None = None,
+    prefix: str = "shard",
+    progress: Progress | None = None,
+) -> ShardIndex:
+    """Write a source's images to a folder of shards, going on where an interrupted call stopped.
+
+    However often it was interrupted, and by whatever, the result is the same, byte by byte, and
+    no finished shard is written twice.
+
+    Args:
+        source: what to write.
+        out_dir: a folder, local or ``gs://``, that does not exist, is empty, or was begun by a
+            call with an equal source and equal options.
+        shard_size_bytes: a shard is closed before a sample would make it larger.
+        samples_per_shard: at most so many samples to a shard.
+        prefix: the shards are called ``<prefix>-000000.tar`` and so on.
+        progress: wraps the samples, to show how far they are.
+
+    Raises:
+        UserError: if the folder holds something else, if it was begun otherwise (the message says
+            what differs), or if an image cannot be read or a file not be written.
+    """
+    writer = _Writer(str(out_dir), prefix, shard_size_bytes, samples_per_shard)
+    recipe = _recipe(source, shard_size_bytes, samples_per_shard)
+    for finished in shard_journal.claim(writer.folder, prefix, recipe):
+        writer.take_over(finished)
+    done = writer.count
+    try:
+        # Closed, so that the workers end with an error and not when the program does.
+        with closing(source.samples(done)) as samples:
+            shown = samples if progress is None else progress(samples, done)
+            for shard, rows in writer.shards(_checked(shown, source.classes, done)):
+                shard_journal.record(writer.folder, shard, rows)
+        return writer.finish(source.classes)
+    except OSError as error:
+        where = error.filename or writer.folder
+        raise UserError(
+            f"{where}: {error.strerror or error}: mend that and run the same command again; it "
+            "goes on after the last finished shard"
+        ) from None
+
+
+def _recipe(source: ImageSource, most_bytes: int, most_samples: int | None) -> Recipe:
+    return {
+        "images": len(source),
+        "the images, their labels or order": source.contents,
+        "class names": hash_of(name.encode() for name in source.classes),
+        "--image-size": source.encoding.image_size,
+        "--resize": source.encoding.resize,
+        "--quality": source.encoding.quality,
+        "--shard-size": most_bytes,
+        "--samples-per-shard": most_samples,
+        # Another version may encode other bytes.
+        "version of Pillow": PIL.__version__,
+    }
 
 
 def _checked(
-    samples: Iterable[ShardSample], classes: Sequence[str] | None
+    samples: Iterable[ShardSample], classes: Sequence[str] | None, first: int = 0
 ) -> Iterator[ShardSample]:
-    for number, sample in enumerate(samples):
+    for number, sample in enumerate(samples, first):
         if sample.label < 0 or (classes is not None and sample.label >= len(classes)):
             known = "" if classes is None else f": there are {len(classes)} classes, 0 to "
             known += "" if classes is None else f"{len(classes) - 1}"
@@ -100,58 +151,61 @@ def _checked(
         yield sample
 
 
-def _claim(folder: str, prefix: str) -> None:
-    """Mark the folder as ours, clear what an interrupted attempt left, refuse anything else."""
-    storage.make_folder(folder)
-    present = storage.list_files(folder)
-    if INDEX_FILE in present:
-        raise UserError(
-            f"{folder}: there are finished shards already; delete the folder or choose another"
-        )
-    if present and WRITING_FILE not in present:
-        raise UserError(
-            f"{folder}: the folder is not empty ({sorted(present)[0]} lies in it); shards need one "
-            "of their own"
-        )
-    ours = re.compile(rf"({re.escape(prefix)}-\d{{6}}\.tar|{re.escape(TABLE_FILE)})(\.tmp-\w+)?")
-    for name in present:
-        if ours.fullmatch(name):
-            storage.remove(storage.join(folder, name))
-    storage.write_bytes(storage.join(folder, WRITING_FILE), b"")
-
-
 @dataclass
 class _Writer:
-    """Cuts a sequence of samples into tars; ``rows`` grows by a row of the table per sample."""
+    """Cuts a sequence of samples into tars, and keeps what the index will say of them."""
 
     folder: str
     prefix: str
     most_bytes: int
     most_samples: int | None
-    rows: list[tuple[int, int, int, int]] = field(default_factory=list)
+    written: list[Shard] = field(default_factory=list)
+    tables: list[NDArray[np.void]] = field(default_factory=list)
+    count: int = 0
 
-    def shards(self, samples: Iterator[ShardSample]) -> Iterator[Shard]:
-        number, waiting = 0, next(samples, None)
+    def __post_init__(self) -> None:
+        if self.most_bytes < 1 or (self.most_samples is not None and self.most_samples < 1):
+            raise UserError("a shard must have room for at least one byte and one sample")
+
+    def take_over(self, finished: FinishedShard) -> None:
+        """Count a shard that lies there already."""
+        self.written.append(finished.shard)
+        self.tables.append(finished.rows)
+        self.count += finished.shard.samples
+
+    def shards(self, samples: Iterator[ShardSample]) -> Iterator[tuple[Shard, NDArray[np.void]]]:
+        """Write shard after shard; each, with its rows of the table, when it is complete."""
+        waiting = next(samples, None)
         while waiting is not None:
-            name = f"{self.prefix}-{number:06d}.tar"
-            first = len(self.rows)
+            name = f"{self.prefix}-{len(self.written):06d}.tar"
+            rows: list[tuple[int, int, int, int]] = []
             with storage.create(storage.join(self.folder, name)) as raw:
                 file = _HashingFile(raw)
                 # WebDataset readers expect plain USTAR; the names are short enough for it.
                 with tarfile.open(
                     fileobj=cast(BinaryIO, file), mode="w", format=tarfile.USTAR_FORMAT
                 ) as tar:
-                    while waiting is not None and self._fits(waiting, file, len(self.rows) - first):
-                        self._add(waiting, tar, file)
+                    while waiting is not None and self._fits(waiting, file, len(rows)):
+                        rows.append(self._add(waiting, tar, file))
                         waiting = next(samples, None)
-            yield Shard(
-                name,
-                len(self.rows) - first,
-                file.position,
-                file.sha256.hexdigest(),
-                file.md5.hexdigest(),
+            sha256, md5 = file.sha256.hexdigest(), file.md5.hexdigest()
+            shard, table = (
+                Shard(name, len(rows), file.position, sha256, md5),
+                np.array(rows, SAMPLE),
             )
-            number += 1
+            self.written.append(shard)
+            self.tables.append(table)
+            yield shard, table
+
+    def finish(self, classes: Sequence[str] | None) -> ShardIndex:
+        """Write the index, and open it."""
+        if not self.written:
+            raise UserError(f"{self.folder}: there is no sample to write; check the source")
+        table = np.concatenate(self.tables)
+        names = classes or [str(label) for label in range(int(table["label"].max()) + 1)]
+        save_index(self.folder, self.written, names, table)
+        shard_journal.close(self.folder, self.written)
+        return open_index(self.folder)
 
     def _fits(self, sample: ShardSample, file: _HashingFile, count: int) -> bool:
         if count == 0:
@@ -162,13 +216,15 @@ class _Writer:
         grown = file.position + _padded(len(sample.image)) + 5 * tarfile.BLOCKSIZE
         return grown <= self.most_bytes
 
-    def _add(self, sample: ShardSample, tar: tarfile.TarFile, file: _HashingFile) -> None:
-        key = f"{len(self.rows):09d}"
+    def _add(
+        self, sample: ShardSample, tar: tarfile.TarFile, file: _HashingFile
+    ) -> tuple[int, int, int, int]:
+        key = f"{self.count:09d}"
         offset = file.position + tarfile.BLOCKSIZE
         _add_member(tar, f"{key}.{sample.extension}", sample.image)
         _add_member(tar, f"{key}.cls", str(sample.label).encode())
-        row = (offset, len(sample.image), sample.label, zlib.crc32(sample.image))
-        self.rows.append(row)
+        self.count += 1
+        return offset, len(sample.image), sample.label, zlib.crc32(sample.image)
 
 
 def _add_member(tar: tarfile.TarFile, name: str, content: bytes) -> None:

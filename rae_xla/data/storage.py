@@ -1,7 +1,10 @@
 """The only place that touches bytes: local paths and ``gs://`` behind the same few functions.
 
 A path with a scheme (``gs://bucket/folder``) goes through fsspec, imported on first use; anything
-else is a local path, a gcsfuse mount included. Missing files raise ``FileNotFoundError`` on both.
+else is a local path, a gcsfuse mount included. Missing files raise ``FileNotFoundError`` on both,
+whatever else goes wrong is an ``OSError`` that names the path.
+
+How a bucket is spoken to, and when it is asked again, stands in ``gcs``.
 """
 
 from __future__ import annotations
@@ -14,8 +17,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
-READ_AHEAD = 16 << 20
-"""Bytes: the read-ahead block at which streaming a tar over gcsfs is no longer request-bound."""
+from rae_xla.data import gcs
+from rae_xla.data.gcs import READ_AHEAD, naming
+
+READ_SOON = 128 << 10
+"""Bytes that Linux reads ahead of a file unless told otherwise."""
+
+NETWORK_FILE_SYSTEMS = ("fuse", "nfs", "cifs", "smb", "9p", "lustre", "ceph", "beegfs", "gpfs")
+"""Their names in the table of mounts begin so; a gcsfuse mount is ``fuse.gcsfuse``."""
 
 TEMPORARY_MARK = ".tmp-"
 """Stands in the name of every file still being written, and in no finished one."""
@@ -35,6 +44,21 @@ def is_remote(path: str) -> bool:
     return "://" in path
 
 
+def is_local_disk(path: str) -> bool:
+    """Whether what lies at ``path`` is read from this machine, as far as the mounts tell."""
+    if is_remote(path):
+        return False
+    with contextlib.suppress(OSError, ValueError):
+        device = os.stat(path).st_dev
+        number = f"{os.major(device)}:{os.minor(device)}"
+        with open("/proc/self/mountinfo", encoding="utf-8") as table:
+            for line in table:
+                mount, _, kind = line.partition(" - ")
+                if mount.split()[2] == number:
+                    return not kind.startswith(NETWORK_FILE_SYSTEMS)
+    return True
+
+
 def join(folder: str, name: str) -> str:
     """``folder/name``, with the separator the kind of path wants."""
     return f"{folder.rstrip('/')}/{name}" if is_remote(folder) else os.path.join(folder, name)
@@ -49,11 +73,17 @@ def split(path: str) -> tuple[str, str]:
 
 
 def open_read(path: str) -> BinaryIO:
-    """Open for reading from front to back."""
+    """Open for reading from front to back.
+
+    A bucket's object that is written anew in the middle of it raises ``FileNotFoundError``.
+    """
     if not is_remote(path):
         return open(path, "rb")
+    if path.startswith("gs://"):
+        return gcs.open_read(path)
     files, inside = _remote(path)
-    opened = files.open(inside, "rb", cache_type="readahead", block_size=READ_AHEAD)
+    with naming(path):
+        opened = files.open(inside, "rb", cache_type="readahead", block_size=READ_AHEAD)
     return cast(BinaryIO, opened)
 
 
@@ -73,24 +103,42 @@ def read_range(path: str, start: int, length: int, generation: str | None = None
         # Unbuffered: a buffered file would read 8 KiB more than was asked for.
         with open(path, "rb", buffering=0) as file:
             return _pread(file.fileno(), start, length)
+    if path.startswith("gs://"):
+        return gcs.read_object(path, start, length, generation)[0]
     files, inside = _remote(path)
-    pinned = {"generation": generation} if generation is not None else {}
-    return bytes(files.cat_file(inside, start=start, end=start + length, **pinned))
+    with naming(path):
+        return bytes(files.cat_file(inside, start=start, end=start + length))
+
+
+def read_soon(path: str, start: int, length: int) -> None:
+    """Let the kernel read a range of a file on a local disk in the background, if it can."""
+    with contextlib.suppress(OSError), open(path, "rb", buffering=0) as file:
+        # Of one call the kernel takes no more than its read-ahead, usually as much as this.
+        for first in range(start, start + length, READ_SOON):
+            os.posix_fadvise(
+                file.fileno(), first, min(READ_SOON, start + length - first), os.POSIX_FADV_WILLNEED
+            )
 
 
 @contextlib.contextmanager
 def create(path: str) -> Iterator[BinaryIO]:
     """Write a file that appears, whole, when the block ends; after an exception it never does."""
+    if path.startswith("gs://"):
+        with gcs.create(path) as upload:
+            yield upload
+        return
     if is_remote(path):
         files, inside = _remote(path)
-        upload = files.open(inside, "wb", autocommit=False)
+        with naming(path):
+            upload = files.open(inside, "wb", autocommit=False)
         try:
             yield upload
         except BaseException:
             upload.discard()
             raise
-        upload.close()
-        upload.commit()
+        with naming(path):
+            upload.close()
+            upload.commit()
         return
     temporary = f"{path}{TEMPORARY_MARK}{uuid.uuid4().hex[:8]}"
     try:
@@ -116,24 +164,27 @@ def exists(path: str) -> bool:
     """Whether there is a file or folder at ``path``."""
     if not is_remote(path):
         return os.path.exists(path)
-    files, inside = _remote(path)
-    return bool(files.exists(inside))
+    try:
+        return bool(_info(path))
+    except FileNotFoundError:
+        return False
 
 
 def is_folder(path: str) -> bool:
     """Whether ``path`` is a folder (on a bucket: a prefix with something under it)."""
     if not is_remote(path):
         return os.path.isdir(path)
-    files, inside = _remote(path)
-    return bool(files.isdir(inside))
+    try:
+        return bool(_info(path)["type"] == "directory")
+    except FileNotFoundError:
+        return False
 
 
 def size(path: str) -> int:
     """Bytes of the file at ``path``."""
     if not is_remote(path):
         return os.path.getsize(path)
-    files, inside = _remote(path)
-    return int(files.size(inside))
+    return int(_info(path)["size"])
 
 
 def list_files(folder: str) -> dict[str, FileInfo]:
@@ -143,7 +194,8 @@ def list_files(folder: str) -> dict[str, FileInfo]:
             return {e.name: FileInfo(e.stat().st_size) for e in entries if e.is_file()}
     files, inside = _remote(folder)
     try:
-        listed = files.ls(inside, detail=True, refresh=True)
+        with naming(folder):
+            listed = files.ls(inside, detail=True)
     except FileNotFoundError:
         return {}  # A bucket has no folders: one with nothing in it does not exist.
     return {
@@ -166,7 +218,8 @@ def make_folder(path: str) -> None:
         os.makedirs(path, exist_ok=True)
     elif not path.startswith("gs://"):  # A bucket has no folders.
         files, inside = _remote(path)
-        files.makedirs(inside, exist_ok=True)
+        with naming(path):
+            files.makedirs(inside, exist_ok=True)
 
 
 def remove(path: str) -> None:
@@ -175,7 +228,8 @@ def remove(path: str) -> None:
         os.remove(path)
         return
     files, inside = _remote(path)
-    files.rm_file(inside)
+    with naming(path):
+        files.rm_file(inside)
 
 
 def _pread(descriptor: int, start: int, length: int) -> bytes:
@@ -188,17 +242,15 @@ def _pread(descriptor: int, start: int, length: int) -> bytes:
 
 def _remote(path: str) -> tuple[Any, str]:
     """The fsspec file system of ``path`` and the path inside it."""
-    options: dict[str, Any] = {}
     if path.startswith("gs://"):
-        # Must stand before gcsfs is imported: the look-up of the bucket's type it turns off costs
-        # a request per operation, and blocks for a minute where the account may not make it.
-        os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
-        import aiohttp
-
-        # gcsfs has no read timeout of its own, and it retries socket timeouts but no total one.
-        options["requests_timeout"] = aiohttp.ClientTimeout(
-            total=None, sock_connect=10, sock_read=20
-        )
+        return gcs.file_system(path)
     import fsspec
 
-    return cast("tuple[Any, str]", fsspec.core.url_to_fs(path, **options))
+    return cast("tuple[Any, str]", fsspec.core.url_to_fs(path))
+
+
+def _info(path: str) -> dict[str, Any]:
+    """What fsspec tells of a file or folder behind it."""
+    files, inside = _remote(path)
+    with naming(path):
+        return cast("dict[str, Any]", files.info(inside))

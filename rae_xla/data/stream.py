@@ -7,13 +7,16 @@ asking for its next step, on any number of hosts and worker processes.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from itertools import count
 
 import torch
 from torch import Tensor
 
+from rae_xla.data.cache import RangeCache
+from rae_xla.data.faults import BadSamples
 from rae_xla.data.index import ShardIndex
-from rae_xla.data.order import SampleOrder, block_size
+from rae_xla.data.mixture import Mixture
 from rae_xla.data.prefetch import in_processes, in_thread
 from rae_xla.data.rows import PassRows, Rows, TrainingRows
 from rae_xla.data.transforms import Transform
@@ -31,7 +34,7 @@ class SampleStream:
     ``(p+1)*b`` of it, b being ``global_batch_size / P``.
 
     Args:
-        index: from ``open_index``.
+        data: from ``open_index``, or from ``open_training_data``, which may mix several sources.
         seed: of the order, the crops and the flips.
         global_batch_size: rows of a step over all processes.
         transform: from a decoded picture to bytes (H, W, 3), see ``transforms``; it must pickle
@@ -42,15 +45,18 @@ class SampleStream:
         shuffle: a new order every epoch; else the order of the index.
         flip: exchange left and right of every other image, by chance.
         prefetch: batches made ahead of the one in use.
+        cache: where what is read is kept on this host, if anywhere.
+        bad_samples: what becomes of samples that cannot be used: others stand in for them, until
+            there are too many. By default they are told on stderr.
 
     Raises:
         UserError: if the batch cannot be divided, or the data set is smaller than one batch; from
-            ``batches``, if a sample cannot be read.
+            ``batches``, if there are too many bad samples or nothing can be read.
     """
 
     def __init__(
         self,
-        index: ShardIndex,
+        data: ShardIndex | Mixture,
         *,
         seed: int,
         global_batch_size: int,
@@ -61,22 +67,43 @@ class SampleStream:
         shuffle: bool = True,
         flip: bool = False,
         prefetch: int = 2,
+        cache: RangeCache | None = None,
+        bad_samples: BadSamples | None = None,
     ) -> None:
         self.first, self.last = _rows_of(global_batch_size, process_index, process_count)
-        block = block_size(len(index), index.num_bytes)
-        self.order = SampleOrder(len(index), global_batch_size, seed, block, shuffle)
-        self._rows = TrainingRows(index, self.order, transform, flip)
+        mixture = data if isinstance(data, Mixture) else Mixture((data,), (1.0,))
+        self._num_samples, self._global_batch_size = len(mixture), global_batch_size
+        parts = mixture.parts(global_batch_size, seed, shuffle)
+        self._rows = TrainingRows(parts, transform, flip, cache)
         self._num_workers, self._prefetch = num_workers, prefetch
+        self._bad = bad_samples or BadSamples(per_epoch=len(mixture) // process_count)
 
     @property
     def steps_per_epoch(self) -> int:
-        """Whole global batches in an epoch; what is left over waits for another epoch."""
-        return self.order.steps_per_epoch
+        """Whole global batches in an epoch; what is left over waits for another epoch.
+
+        Of several sources: the steps that take as many samples as there are in all of them.
+        """
+        return self._num_samples // self._global_batch_size
+
+    def global_ids(self, step: int) -> list[int]:
+        """The sample of every row of the global batch of a step."""
+        return [
+            int(sample) + part.first_id
+            for part in self._rows.parts
+            for sample in part.order.rows(step, 0, part.order.global_batch_size)
+        ]
 
     def batches(self, start_step: int = 0) -> Iterator[Batch]:
         """The batches from ``start_step`` on; where it is makes no difference to the cost."""
         return _run(
-            self._rows, count(start_step), self.first, self.last, self._num_workers, self._prefetch
+            self._rows,
+            count(start_step),
+            self.first,
+            self.last,
+            self._num_workers,
+            self._prefetch,
+            self._bad,
         )
 
 
@@ -89,6 +116,7 @@ def one_pass(
     process_count: int = 1,
     num_workers: int = 0,
     prefetch: int = 2,
+    cache: RangeCache | None = None,
 ) -> Iterator[Batch]:
     """Every sample exactly once, in the order of the index, in batches of one shape.
 
@@ -103,14 +131,15 @@ def one_pass(
         process_count: how many processes share the pass.
         num_workers: as for ``SampleStream``.
         prefetch: as for ``SampleStream``.
+        cache: as for ``SampleStream``.
 
     Raises:
-        UserError: if ``batch_size`` cannot be divided, or a sample cannot be read.
+        UserError: if ``batch_size`` cannot be divided, or a sample cannot be used.
     """
     first, last = _rows_of(batch_size, process_index, process_count)
     steps = iter(range(-(-len(index) // batch_size)))
-    rows = PassRows(index, batch_size, transform)
-    return _run(rows, steps, first, last, num_workers, prefetch)
+    rows = PassRows(index, batch_size, transform, cache)
+    return _run(rows, steps, first, last, num_workers, prefetch, BadSamples())
 
 
 def _rows_of(batch_size: int, process_index: int, process_count: int) -> tuple[int, int]:
@@ -124,12 +153,21 @@ def _rows_of(batch_size: int, process_index: int, process_count: int) -> tuple[i
 
 
 def _run(
-    rows: Rows, steps: Iterator[int], first: int, last: int, num_workers: int, prefetch: int
+    rows: Rows,
+    steps: Iterator[int],
+    first: int,
+    last: int,
+    num_workers: int,
+    prefetch: int,
+    bad_samples: BadSamples,
 ) -> Iterator[Batch]:
     if num_workers == 0:
-        for arrays in in_thread(rows, steps, first, last, prefetch):
-            yield {name: torch.from_numpy(array) for name, array in arrays.items()}
-        return
-    for arrays in in_processes(rows, steps, first, last, prefetch, num_workers):
-        # A copy: the shared memory is about to be written again.
-        yield {name: torch.from_numpy(array).clone() for name, array in arrays.items()}
+        made = in_thread(rows, steps, first, last, prefetch)
+    else:
+        made = in_processes(rows, steps, first, last, prefetch, num_workers)
+    with closing(made):
+        for arrays, bad in made:
+            bad_samples.take(last - first, bad)
+            batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
+            # A copy of shared memory, which is about to be written again.
+            yield {k: v.clone() for k, v in batch.items()} if num_workers else batch

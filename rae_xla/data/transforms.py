@@ -37,11 +37,8 @@ def resize_short_side(image: Image.Image, size: int) -> Image.Image:
     Source: the evaluation preprocessing of Dhariwal and Nichol, "Diffusion models beat GANs"
     (2021), which published FID numbers on ImageNet rest on.
     """
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    target = (round(image.width * scale), round(image.height * scale))
-    return image.resize(target, Image.Resampling.BICUBIC)
+    image = _halved(image, size)
+    return image.resize(_rounded_to(image, size), Image.Resampling.BICUBIC)
 
 
 def center_crop(image: Image.Image, size: int) -> Pixels:
@@ -68,13 +65,24 @@ def resize_random_crop(image: Image.Image, size: int, u: Sequence[float]) -> Pix
         Bytes (size, size, 3).
     """
     image = to_rgb(image)
-    short, shorter_side = size * 3 // 2, min(image.size)
-    target = (short * image.width // shorter_side, short * image.height // shorter_side)
+    target = _scaled_to(image, size * 3 // 2)
     if target != image.size:
         image = image.resize(target, Image.Resampling.BICUBIC)
-    left = math.floor(u[0] * (image.width - size + 1))
-    top = math.floor(u[1] * (image.height - size + 1))
-    return _cut(image, left, top, size)
+    return _cut(image, *_anywhere(target, size, u), size)
+
+
+def fast_center_crop(image: Image.Image, size: int) -> Pixels:
+    """``center_crop`` that resizes only what it keeps: some pixels differ by 1 of 255."""
+    image = _halved(to_rgb(image), size)
+    target = _rounded_to(image, size)
+    return _resized_part(image, target, (target[0] - size) // 2, (target[1] - size) // 2, size)
+
+
+def fast_resize_random_crop(image: Image.Image, size: int, u: Sequence[float]) -> Pixels:
+    """``resize_random_crop`` that resizes only what it keeps: some pixels differ by 1 of 255."""
+    image = to_rgb(image)
+    target = _scaled_to(image, size * 3 // 2)
+    return _resized_part(image, target, *_anywhere(target, size, u), size)
 
 
 def flip(pixels: Pixels) -> Pixels:
@@ -84,24 +92,26 @@ def flip(pixels: Pixels) -> Pixels:
 
 @dataclass(frozen=True)
 class CenterCrop:
-    """``center_crop`` as a transform for the stream; it makes no use of the uniforms."""
+    """``center_crop``, or the fast one, as a transform for the stream; it draws nothing."""
 
     size: int
+    fast: bool = False
 
     def __call__(self, image: Image.Image, u: Sequence[float]) -> Pixels:
         """Bytes (size, size, 3)."""
-        return center_crop(image, self.size)
+        return (fast_center_crop if self.fast else center_crop)(image, self.size)
 
 
 @dataclass(frozen=True)
 class ResizeRandomCrop:
-    """``resize_random_crop`` as a transform for the stream."""
+    """``resize_random_crop``, or the fast one, as a transform for the stream."""
 
     size: int
+    fast: bool = False
 
     def __call__(self, image: Image.Image, u: Sequence[float]) -> Pixels:
         """Bytes (size, size, 3)."""
-        return resize_random_crop(image, self.size, u)
+        return (fast_resize_random_crop if self.fast else resize_random_crop)(image, self.size, u)
 
 
 def make_transform(crop: Literal["center", "random"], size: int) -> Transform:
@@ -109,11 +119,58 @@ def make_transform(crop: Literal["center", "random"], size: int) -> Transform:
     if size < 1:
         raise UserError(f"data.image_size is {size}; it must be at least 1")
     if crop == "center":
-        return CenterCrop(size)
+        return CenterCrop(size, fast=True)
     if crop == "random":
-        return ResizeRandomCrop(size)
+        return ResizeRandomCrop(size, fast=True)
     raise UserError(f"data.crop is {crop!r}; it must be 'center' or 'random'")
+
+
+def _halved(image: Image.Image, size: int) -> Image.Image:
+    """Halved until the shorter side is below twice ``size``."""
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    return image
+
+
+def _rounded_to(image: Image.Image, short: int) -> tuple[int, int]:
+    """Width and height with a shorter side of ``short``, as ADM rounds them."""
+    scale = short / min(image.size)
+    return round(image.width * scale), round(image.height * scale)
+
+
+def _scaled_to(image: Image.Image, short: int) -> tuple[int, int]:
+    """Width and height with a shorter side of ``short``, as torchvision rounds them."""
+    shorter = min(image.size)
+    return short * image.width // shorter, short * image.height // shorter
+
+
+def _anywhere(target: tuple[int, int], size: int, u: Sequence[float]) -> tuple[int, int]:
+    """Left and top of a square in a picture of ``target`` width and height."""
+    return (
+        math.floor(u[0] * (target[0] - size + 1)),
+        math.floor(u[1] * (target[1] - size + 1)),
+    )
 
 
 def _cut(image: Image.Image, left: int, top: int, size: int) -> Pixels:
     return np.asarray(image.crop((left, top, left + size, top + size)))
+
+
+def _resized_part(
+    image: Image.Image, target: tuple[int, int], left: int, top: int, size: int
+) -> Pixels:
+    """A square of the picture resized to ``target``, without the rest of it."""
+    if target == image.size:
+        return _cut(image, left, top, size)
+    across, down = image.width / target[0], image.height / target[1]
+    # Pillow resizes a whole picture across and then down, rounding to 8 bits between the two; of a
+    # part it may go the other way round, where that is less work. So: one after the other.
+    reach = 2 * max(down, 1) + 1  # rows of the original that a bicubic row looks at, and one more
+    first = max(0, math.floor(top * down - reach))
+    last = min(image.height, math.ceil((top + size) * down + reach))
+    if (first, last) != (0, image.height):
+        image = image.crop((0, first, image.width, last))
+    columns = (left * across, 0, min((left + size) * across, image.width), last - first)
+    image = image.resize((size, last - first), Image.Resampling.BICUBIC, columns)
+    rows = (0, top * down - first, size, min((top + size) * down - first, last - first))
+    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, rows))

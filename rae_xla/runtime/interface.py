@@ -70,6 +70,10 @@ class Runtime(Protocol):
         """Wait until the devices have done all they were asked."""
         ...
 
+    def exchange(self, text: str) -> list[str]:
+        """Every process's ``text``, by process; all must call it. Waits for the slowest."""
+        ...
+
     def compilations(self) -> int:
         """How many graphs this process has compiled so far (0 where nothing compiles)."""
         ...

@@ -70,6 +70,10 @@ class TorchRuntime:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
+    def exchange(self, text: str) -> list[str]:
+        """This process is alone."""
+        return [text]
+
     def compilations(self) -> int:
         """Graphs made by torch.compile."""
         if not self._compile:

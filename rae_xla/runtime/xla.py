@@ -19,6 +19,7 @@ import torch_xla.runtime as xr
 from torch import Tensor, nn
 from torch_xla._internal import tpu
 
+from rae_xla.runtime.hosts import Hosts
 from rae_xla.runtime.interface import Batch, Fn
 from rae_xla.runtime.layer_norm import keep_norms_on_rows
 from rae_xla.runtime.mesh import AXES, resolve_mesh
@@ -55,6 +56,10 @@ class XLARuntime:
         self.device = torch_xla.device()
         self.process_index = xr.process_index()
         self.process_count = xr.process_count()
+        master = "localhost"
+        if self.process_count > 1 and on_tpu() and "MASTER_ADDR" not in os.environ:
+            master = tpu.discover_master_worker_ip()
+        self._hosts = Hosts(self.process_index, self.process_count, master)
         count = xr.global_runtime_device_count()
         self.mesh = resolve_mesh(data, fsdp, count)
         self._mesh = xs.Mesh(np.arange(count), (self.mesh.data, self.mesh.fsdp), AXES)
@@ -180,6 +185,10 @@ class XLARuntime:
         """Wait for the devices."""
         torch_xla.sync()
         xm.wait_device_ops()
+
+    def exchange(self, text: str) -> list[str]:
+        """Through a server in process 0, which the TPU's metadata or MASTER_ADDR names."""
+        return self._hosts.exchange(text)
 
     def compilations(self) -> int:
         """How many graphs XLA has compiled."""

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from rae_xla.data.shards import ShardIndex
+from rae_xla.data.cache import RangeCache
+from rae_xla.data.faults import BadSamples
+from rae_xla.data.mixture import Mixture
 from rae_xla.data.stream import SampleStream, one_pass
 from rae_xla.data.transforms import CenterCrop, make_transform
 from rae_xla.runtime import Batch, Runtime
@@ -19,15 +21,25 @@ if TYPE_CHECKING:
 
 
 def open_stream(
-    config: RunConfig, runtime: Runtime, index: ShardIndex, *, stage: str, global_batch: int
+    config: RunConfig,
+    runtime: Runtime,
+    training_data: Mixture,
+    bad_samples: BadSamples,
+    *,
+    stage: str,
+    global_batch: int,
 ) -> SampleStream:
     """This process's part of the training data, cropped and flipped as the stage has it."""
     data = config.data
+    cache = None
+    if data.cache_dir is not None:
+        cache = RangeCache(data.cache_dir, int(data.cache_gb * 1e9))
+        cache.prepare()
     crop = data.crop
     if crop == "auto":
         crop = "random" if stage == "stage1" else "center"
     return SampleStream(
-        index,
+        training_data,
         seed=config.training.global_seed,
         global_batch_size=global_batch,
         transform=make_transform(crop, data.image_size),
@@ -36,6 +48,8 @@ def open_stream(
         num_workers=data.num_workers,
         prefetch=data.prefetch,
         flip=stage == "stage2" if data.flip is None else data.flip,
+        cache=cache,
+        bad_samples=bad_samples,
     )
 
 
@@ -55,7 +69,8 @@ def step_batches(
         } | inputs(step)
 
 
-def first_images(index: ShardIndex, count: int, size: int) -> Tensor:
-    """The first ``count`` images of a data set, (count, 3, size, size) uint8."""
-    passes = one_pass(index, batch_size=count, transform=CenterCrop(size))
+def first_images(data: Mixture, count: int, size: int) -> Tensor:
+    """The first ``count`` images of the first source, or all it has, (n, 3, size, size) uint8."""
+    index = data.sources[0]
+    passes = one_pass(index, batch_size=min(count, len(index)), transform=CenterCrop(size))
     return next(islice(passes, 1))["image"]

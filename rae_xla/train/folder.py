@@ -1,4 +1,6 @@
-"""A results folder: `config.yaml`, `data.txt`, `metrics.jsonl`, `checkpoints/`, `samples/`."""
+"""A results folder: `config.yaml`, `data.txt`, `metrics.jsonl`, `bad_samples.jsonl`,
+`checkpoints/`, `samples/`.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +12,11 @@ from rae_xla.train.checkpoint import list_checkpoints
 
 CONFIG_FILE = "config.yaml"
 DATA_FILE = "data.txt"
+
+
+def bad_samples_file(process_index: int) -> str:
+    """Where a process lists the samples it had to replace; hosts may share a results folder."""
+    return "bad_samples.jsonl" if process_index == 0 else f"bad_samples.{process_index}.jsonl"
 
 
 def claim_folder(folder: Path, config: RunConfig, data: str) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 from torch import Tensor
 
 from rae_xla.config import RunConfig, check_mesh
-from rae_xla.data.shards import ShardIndex
+from rae_xla.data.faults import BadSamples
+from rae_xla.data.mixture import Mixture
 from rae_xla.errors import UserError
 from rae_xla.runtime import Batch, Runtime
 from rae_xla.train.batches import open_stream, step_batches
@@ -19,7 +20,9 @@ from rae_xla.train.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
+from rae_xla.train.folder import bad_samples_file
 from rae_xla.train.plan import make_plan
+from rae_xla.train.same_run import check_hosts, checked_rows
 from rae_xla.train.stage import Stage
 from rae_xla.train.stage1 import Stage1
 from rae_xla.train.stage2 import Stage2
@@ -28,7 +31,7 @@ from rae_xla.train.step import Step
 from rae_xla.train.tracking import Tracker
 from rae_xla.train.window import Windows
 
-STAGES: dict[str, Callable[[RunConfig, Runtime, ShardIndex, int], Stage]] = {
+STAGES: dict[str, Callable[[RunConfig, Runtime, Mixture, int], Stage]] = {
     "stage1": Stage1,
     "stage2": Stage2,
 }
@@ -37,7 +40,7 @@ STAGES: dict[str, Callable[[RunConfig, Runtime, ShardIndex, int], Stage]] = {
 def train(
     config: RunConfig,
     runtime: Runtime,
-    index: ShardIndex,
+    data: Mixture,
     stage_name: str,
     folder: Path,
 ) -> Path:
@@ -46,7 +49,7 @@ def train(
     Args:
         config: of the run.
         runtime: where it computes.
-        index: the training shards.
+        data: the training shards.
         stage_name: one of ``STAGES``.
         folder: the results folder.
 
@@ -59,23 +62,33 @@ def train(
     """
     found = list_checkpoints(folder)
     batch = check_mesh(config, runtime.mesh.size).global_batch_size
-    stream = open_stream(config, runtime, index, stage=stage_name, global_batch=batch)
+    bad = BadSamples(
+        folder / bad_samples_file(runtime.process_index),
+        max_fraction=config.data.max_bad_samples,
+        per_epoch=len(data) // runtime.process_count,
+    )
+    stream = open_stream(config, runtime, data, bad, stage=stage_name, global_batch=batch)
     plan = make_plan(config, stream.steps_per_epoch, batch)
-    stage = STAGES[stage_name](config, runtime, index, stream.steps_per_epoch)
+    stage = STAGES[stage_name](config, runtime, data, stream.steps_per_epoch)
     state = _restore(stage, runtime, found[-1] if found else None)
+    check_hosts(runtime, config, data, stream, state.step)
     runtime.place(stage.frozen)
     if state.step >= plan.total:
         print(f"{folder}: complete, {state.step} steps done")
         return found[-1]
 
     steps = _Steps(stage, state, runtime)
-    feed = map(runtime.put, step_batches(stream, stage.inputs, state.step, plan.total))
+    host_batches = step_batches(stream, stage.inputs, state.step, plan.total)
+    feed = checked_rows(runtime, map(runtime.put, host_batches), batch)
     speaks = runtime.process_index == 0
     with Tracker(folder, config, start=state.step, total=plan.total, speaks=speaks) as tracker:
+        bad.say = tracker.say if speaks else bad.say
         tracker.say(
             f"{stage_name} on {runtime.description}: {plan.total} steps of {batch} images, "
             f"{plan.per_epoch} to an epoch, from step {state.step}"
         )
+        if len(data.sources) > 1:
+            tracker.say(data.shares(batch))
         if state.step == 0 and plan.sample_every > 0:
             tracker.images(0, stage_name, stage.preview(state))
         windows = Windows(plan, runtime)
@@ -93,7 +106,8 @@ def train(
             tracker.advance()
             if plan.due(plan.log_every, state.step):
                 rates = stage.inputs(state.step - 1)
-                windows.close(state.step, {f"opt/{k}": v.item() for k, v in rates.items()})
+                scalars = {f"opt/{k}": v.item() for k, v in rates.items()}
+                windows.close(state.step, scalars | {"data/bad_samples": bad.count})
             if plan.due(plan.sample_every, state.step) and plan.sample_every > 0:
                 with windows.pause():
                     tracker.images(state.step, stage_name, stage.preview(state))

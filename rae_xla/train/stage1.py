@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rae_xla.config import GanConfig
-from rae_xla.data.shards import ShardIndex
+from rae_xla.data.mixture import Mixture
 from rae_xla.errors import UserError
 from rae_xla.models.dino_vit import HUB_FILE, HUB_REPOSITORY, load_dino, resolve_recipe
 from rae_xla.models.discriminator import DinoDiscriminator
@@ -43,7 +43,7 @@ class Stage1:
     """
 
     def __init__(
-        self, config: RunConfig, runtime: Runtime, index: ShardIndex, steps_per_epoch: int
+        self, config: RunConfig, runtime: Runtime, data: Mixture, steps_per_epoch: int
     ) -> None:
         if config.stage_1 is None:
             raise UserError("stage 1 trains the decoder of a stage_1 section, and there is none")
@@ -69,8 +69,7 @@ class Stage1:
             self.frozen["lpips"] = self._lpips
         if self._disc is not None:
             self.frozen["backbone"] = self._disc.backbone
-        count = min(config.training.num_samples, len(index))
-        self._shown = first_images(index, count, config.data.image_size)
+        self._shown = first_images(data, config.training.num_samples, config.data.image_size)
         self._evaluate = None
         if config.eval is not None:
             self._evaluate = ReconstructionEvaluator(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
-from rae_xla.data.shards import ShardIndex
+from rae_xla.data.mixture import Mixture
 from rae_xla.errors import UserError
 from rae_xla.models.rae import RAE
 from rae_xla.registry import instantiate
@@ -35,11 +35,11 @@ class Stage2:
     """
 
     def __init__(
-        self, config: RunConfig, runtime: Runtime, index: ShardIndex, steps_per_epoch: int
+        self, config: RunConfig, runtime: Runtime, data: Mixture, steps_per_epoch: int
     ) -> None:
         if config.stage_1 is None or config.stage_2 is None:
             raise UserError("stage 2 needs both a stage_1 section (the RAE) and a stage_2 section")
-        index.check_labels(config.misc.num_classes)
+        data.check_labels(config.misc.num_classes)
         self._config, self._runtime = config, runtime
         training = config.training
         self._schedule = make_schedule(training.optimizer, training.scheduler, steps_per_epoch)

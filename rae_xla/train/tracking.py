@@ -95,7 +95,7 @@ class Tracker:
 
 
 _PLAIN_ON_CONSOLE = ("train/", "opt/", "perf/")
-_SILENT_AT_ZERO = ("skipped", "fallbacks", "compilations")
+_SILENT_AT_ZERO = ("skipped", "fallbacks", "compilations", "bad_samples")
 
 
 def _console_line(step: int, figures: Mapping[str, float]) -> str:

@@ -1,8 +1,10 @@
 import argparse
 import os
+import tarfile
 
 import numpy as np
 import pytest
+from foreign_tars import write_imagenet
 from PIL import Image
 
 from rae_xla.cli import shards
@@ -88,3 +90,50 @@ def test_sizes(text, size):
 def test_sizes_that_are_none(text):
     with pytest.raises(argparse.ArgumentTypeError, match="not a size"):
         shards.parse_bytes(text)
+
+
+def test_index_verify_and_stats_of_the_public_imagenet_layout(tmp_path, capsys):
+    pattern = write_imagenet(tmp_path / "tars")
+    (tmp_path / "classes.txt").write_text("tench\ngoldfish\nshark\n")
+    out = tmp_path / "index"
+    words = ("--out", out, "--classes", tmp_path / "classes.txt", "--workers", 2)
+    assert _run("index", pattern, *words) == 0
+    assert f"{out}: 21 images of 3 classes in 3 shards" in capsys.readouterr().out
+    assert open_index(str(out)).class_names == ("tench", "goldfish", "shark")
+    assert _run("verify", out, "--workers", 2) == 0
+    assert ": ok, 21 images of 3 classes" in capsys.readouterr().out
+    assert _run("stats", out, "--sample", 10, "--out", tmp_path / "x.png") == 0
+    printed = capsys.readouterr().out
+    assert "of 10 images looked at" in printed
+    assert "fewest: tench" in printed
+    assert (tmp_path / "x.png").stat().st_size > 10_000
+    os.truncate(tmp_path / "tars" / "imagenet1k-train-0001.tar", 4000)
+    assert _run("verify", out) == 1
+    assert "fault: imagenet1k-train-0001.tar: truncated" in capsys.readouterr().out
+    with pytest.raises(UserError, match="the index does not match its shards"):
+        _run("stats", out)
+
+
+def test_the_options_of_make(tmp_path, images):
+    (tmp_path / "classes.json").write_text('{"bee": 0, "ant": 1}')
+    words = ("--image-size", 8, "--resize", "bicubic", "--quality", 90)
+    _run("make", images, tmp_path / "out", *words, "--classes", tmp_path / "classes.json")
+    index = open_index(str(tmp_path / "out"))
+    assert index.class_names == ("bee", "ant")
+    with tarfile.open(index.path_of(index.shards[0])) as tar:
+        assert tar.getnames()[0] == "000000000.jpg"
+    for words, message in [
+        (("--resize", "adm"), "--resize adm resizes nothing without --image-size"),
+        (("--quality", 0), "--quality is 0"),
+        (("--workers", 0), "--workers is 0"),
+        (("--classes", tmp_path / "nowhere"), "nowhere: no such text file"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            _run("make", images, tmp_path / "x", *words)
+    assert not (tmp_path / "x").exists()
+    for command in ("index", "verify"):
+        with pytest.raises(UserError, match="--workers is 0"):
+            _run(command, tmp_path / "out", "--workers", 0)
+    # Told before the source is looked at.
+    with pytest.raises(UserError, match="there are finished shards already"):
+        _run("make", tmp_path / "nowhere", tmp_path / "out")

@@ -1,12 +1,14 @@
-"""Small real data sets, written to disk."""
+"""Small real data sets, written to disk; and a bucket to write them to."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from gcs_emulator import GcsEmulator
 from numbered import numbered_arrays
 from PIL import Image
 
@@ -47,3 +49,22 @@ def image_folder(tmp_path: Path) -> Path:
     (root / "emu" / ".hidden.png").write_bytes(b"nor this")
     (root / "README.md").write_text("beside the classes")
     return root
+
+
+@pytest.fixture(scope="session")
+def gcs() -> Iterator[GcsEmulator]:
+    """A storage server of this worker's own, which ``gs://`` means while it runs."""
+    with GcsEmulator() as emulator, pytest.MonkeyPatch.context() as environment:
+        emulator.create_bucket("shards")
+        for name, value in emulator.environment().items():
+            environment.setenv(name, value)
+        yield emulator
+
+
+@pytest.fixture
+def bucket(gcs: GcsEmulator) -> Iterator[str]:
+    """A fresh folder in the bucket; afterwards neither it nor any fault or delay is left."""
+    folder = uuid.uuid4().hex
+    yield f"gs://shards/{folder}"
+    gcs.reset()
+    gcs.remove("shards", f"{folder}/")

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from rae_xla.data.prefetch import in_processes, in_thread
+from rae_xla.data.rows import Made
 from rae_xla.errors import UserError
 
 
@@ -22,11 +23,25 @@ class CountingRows:
     def __init__(self, broken_step: int = -1, error: type[Exception] = UserError) -> None:
         self.broken_step, self.error = broken_step, error
 
+    def open(self, first: int, last: int) -> "CountingMaker":
+        return CountingMaker(self, first, last)
+
     def __call__(self, step: int, first: int, last: int) -> dict[str, np.ndarray]:
         if step == self.broken_step:
             raise self.error(f"step {step} is broken")
         numbers = step * 100 + np.arange(first, last)
         return {"x": numbers, "picture": np.repeat(numbers, 12).astype(np.uint8).reshape(-1, 3, 4)}
+
+
+class CountingMaker:
+    def __init__(self, rows: CountingRows, first: int, last: int) -> None:
+        self.rows, self.first, self.last = rows, first, last
+
+    def make(self, step: int) -> Made:
+        return Made(self.rows(step, self.first, self.last), [])
+
+    def close(self) -> None:
+        pass
 
 
 def _made(kind, rows, steps, first=4, last=11, ahead=2):
@@ -45,7 +60,10 @@ def _wait_until(condition) -> None:
 @pytest.mark.parametrize("kind", ["thread", "processes"])
 @pytest.mark.parametrize("steps", [0, 1, 2, 3, 9])
 def test_every_step_once_in_order(kind, steps):
-    made = [{k: v.copy() for k, v in b.items()} for b in _made(kind, ROWS, iter(range(steps)))]
+    made = [
+        {k: v.copy() for k, v in arrays.items()}
+        for arrays, _ in _made(kind, ROWS, iter(range(steps)))
+    ]
     assert len(made) == steps
     for step, batch in enumerate(made):
         expected = ROWS(step, 4, 11)
@@ -61,7 +79,7 @@ ROWS = CountingRows()
 def test_the_batch_in_use_is_not_written_over():
     batches = _made("processes", ROWS, count(), ahead=3)
     for step in range(8):
-        batch = next(batches)
+        batch = next(batches).arrays
         time.sleep(0.02)
         np.testing.assert_array_equal(batch["x"], step * 100 + np.arange(4, 11))
     batches.close()

@@ -7,6 +7,7 @@ import pytest
 from numbered import numbered_arrays
 from PIL import Image
 
+from rae_xla.data.encoding import Encoding
 from rae_xla.data.index import read_index
 from rae_xla.data.reader import load_sample, read_image
 from rae_xla.data.shards import ShardSample, open_index, verify, write_shards
@@ -129,7 +130,7 @@ class TestFolders:
         options = {"shuffle": False}
         whole = _write(folder_source(str(image_folder), **options), tmp_path / "whole")
         small = _write(
-            folder_source(str(image_folder), image_size=16, **options), tmp_path / "small"
+            folder_source(str(image_folder), encoding=Encoding(16), **options), tmp_path / "small"
         )
         for sample in range(len(whole)):
             with Image.open(io.BytesIO(read_image(small, sample))) as image:

@@ -7,9 +7,11 @@ def sizes(folder):
     return {name: info.size for name, info in storage.list_files(folder).items()}
 
 
-@pytest.fixture(params=["local", "remote"])
+@pytest.fixture(params=["local", "remote", "bucket"])
 def folder(request, tmp_path):
-    """A folder on disk, and one behind fsspec, where ``gs://`` goes too."""
+    """A folder on disk, one behind fsspec, and one in a bucket."""
+    if request.param == "bucket":
+        return request.getfixturevalue("bucket")
     if request.param == "local":
         return str(tmp_path / "folder")
     return f"file://{tmp_path}/folder"

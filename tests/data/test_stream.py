@@ -1,5 +1,4 @@
 import multiprocessing
-import os
 import threading
 import time
 from itertools import islice
@@ -192,22 +191,6 @@ class TestBadInput:
             one_pass(index, batch_size=5, transform=CenterCrop(8), process_count=2)
         with pytest.raises(UserError, match="100 samples, fewer than one global batch of 128"):
             _stream(index, global_batch_size=128)
-
-    @pytest.mark.parametrize("workers", [0, 1])
-    def test_a_shard_truncated_during_the_run_is_named(self, make_shards, workers):
-        index = make_shards(100)
-        shard = index.path_of(index.shards[2])
-        os.truncate(shard, 5_000)
-        with pytest.raises(UserError) as caught:
-            _take(_stream(index, num_workers=workers).batches(), 6)
-        assert str(caught.value).startswith(f"{shard}: the shard is truncated")
-        assert "\n" not in str(caught.value)
-
-    def test_a_shard_deleted_during_the_run_is_named(self, make_shards):
-        index = make_shards(100)
-        os.remove(index.path_of(index.shards[1]))
-        with pytest.raises(UserError, match=r"shard-000001\.tar: the shard has disappeared"):
-            _take(_stream(index).batches(), 6)
 
     def test_a_shard_overwritten_during_the_run_is_named(self, make_shards):
         index = make_shards(100)

@@ -5,6 +5,8 @@ from PIL import Image
 
 from rae_xla.data.transforms import (
     center_crop,
+    fast_center_crop,
+    fast_resize_random_crop,
     flip,
     resize_random_crop,
     resize_short_side,
@@ -67,3 +69,36 @@ def test_every_mode_becomes_rgb(mode):
 def test_sixteen_bit_greys_are_scaled_not_clipped():
     ramp = Image.fromarray(np.array([[0, 256, 0x7FFF, 0xFFFF]], np.uint16))
     assert np.asarray(to_rgb(ramp))[0, :, 0].tolist() == [0, 1, 127, 255]
+
+
+@pytest.mark.parametrize(
+    "shape", [(375, 500), (500, 333), (64, 65), (90, 91), (700, 1100), (40, 47), (47, 160)]
+)
+def test_fast_crops_are_within_a_few_levels_of_the_exact_ones(shape):
+    smooth = _picture(*(side // 8 + 1 for side in shape)).resize(shape[::-1])
+    for picture in (_picture(*shape), smooth):
+        for size in (32, 64):
+            for fast, exact in (
+                (fast_center_crop(picture, size), center_crop(picture, size)),
+                *(
+                    (
+                        fast_resize_random_crop(picture, size, u),
+                        resize_random_crop(picture, size, u),
+                    )
+                    for u in ((0, 0), (0.3, 0.8), (1 - 2**-53, 1 - 2**-53))
+                ),
+            ):
+                assert fast.shape == exact.shape == (size, size, 3)
+                difference = np.abs(fast.astype(int) - exact)
+                assert difference.max() <= 1
+                assert difference.mean() < 0.02
+
+
+def test_fast_crops_of_a_picture_of_the_right_size_are_exact():
+    picture = _picture(32, 50)
+    np.testing.assert_array_equal(fast_center_crop(picture, 32), center_crop(picture, 32))
+    picture = _picture(48, 50)
+    u = (0.4, 0.6)
+    np.testing.assert_array_equal(
+        fast_resize_random_crop(picture, 32, u), resize_random_crop(picture, 32, u)
+    )

@@ -73,11 +73,14 @@ def test_a_truncated_shard(folder):
 
 
 def test_a_shard_cut_between_two_samples(folder):
-    """Such a tar reads without an error; only the index knows that samples are missing."""
+    """``tarfile`` reads such a tar without an error."""
     path = folder / "shard-000000.tar"
     offset = int(np.load(folder / "samples.npy")["offset"][12]) - tarfile.BLOCKSIZE
     os.truncate(path, offset)
-    assert _faults(folder)[1:] == ["shard-000000.tar: holds 12 whole samples, the index says 30"]
+    assert _faults(folder)[1:] == [
+        "shard-000000.tar: not a whole tar after 12 samples (cut off, or garbage, at byte 24,576)",
+        "shard-000000.tar: holds 12 whole samples, the index says 30",
+    ]
 
 
 def test_bytes_that_changed(folder):
@@ -130,6 +133,32 @@ def test_an_image_that_never_decoded(tmp_path):
 def test_a_shard_that_nobody_knows(folder):
     shutil.copy(folder / "shard-000000.tar", folder / "shard-000009.tar")
     assert _faults(folder) == ["shard-000009.tar: lies in the folder but is not in the index"]
+
+
+def test_samples_too_many(folder):
+    """Only in a tar of another size can there be more, or less, than was indexed."""
+    path = folder / "shard-000003.tar"
+    with tarfile.open(path, "a", format=tarfile.USTAR_FORMAT) as tar:
+        tar.addfile(tarfile.TarInfo("000000100.cls"), io.BytesIO())
+    assert "shard-000003.tar: holds 11 whole samples, the index says 10" in _faults(folder)
+
+
+def test_several_processes_find_the_same(folder):
+    (folder / "shard-000000.tar").unlink()
+    os.truncate(folder / "shard-000002.tar", 10_000)
+    done = []
+    faults = verify(str(folder), progress=done.append, workers=2)
+    assert [str(fault) for fault in faults] == _faults(folder)
+    assert sum(done) == 100
+
+
+def test_a_wrong_md5_in_the_index(folder):
+    """Buckets are compared by it; the shard itself is what was indexed."""
+    manifest = json.loads((folder / "index.json").read_text())
+    manifest["shards"][1]["md5"] = "0" * 32
+    (folder / "index.json").write_text(json.dumps(manifest))
+    [fault] = _faults(folder)
+    assert fault.startswith("shard-000001.tar: is what was indexed, but the MD5 in the index is")
 
 
 def test_every_fault_is_told_at_once(folder):

@@ -1,0 +1,91 @@
+"""What a host asks of a bucket in an epoch of ImageNet, and what it holds in memory for it.
+
+    python benchmarks/data_requests.py [--samples 1281167] [--bytes 110000] [--batch 1024]
+
+Counted, not timed: the reads that the training stream would make, for one worker of each layout
+(all are alike), over one epoch of a data set of which only the index exists. A request is one GET.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+
+import numpy as np
+
+from rae_xla.data.index import SAMPLE, Shard, ShardIndex
+from rae_xla.data.order import SampleOrder, block_size
+from rae_xla.data.read_ahead import Run, runs
+from rae_xla.data.rows import LOOK_AHEAD
+
+LAYOUTS = ((1, 1), (1, 8), (8, 4), (8, 8), (16, 8), (64, 8))
+
+
+def make_index(samples: int, size: int, per_shard: int = 1250) -> ShardIndex:
+    """Shards of samples of about ``size`` bytes, of which only this is there."""
+    rng = np.random.default_rng(0)
+    table = np.zeros(samples, SAMPLE)
+    table["size"] = rng.lognormal(np.log(size) - 0.125, 0.5, samples)
+    whole = table["size"] + 2048  # headers, label
+    shards, ends = [], []
+    for first in range(0, samples, per_shard):
+        last = min(first + per_shard, samples)
+        table["offset"][first:last] = np.cumsum(whole[first:last]) - whole[first:last]
+        shards.append(Shard(f"{first}.tar", last - first, int(whole[first:last].sum()), ""))
+        ends.append(last)
+    return ShardIndex("nowhere", tuple(shards), ("0",), table)
+
+
+def reads(index: ShardIndex, order: SampleOrder, first: int, last: int) -> Iterator[list[Run]]:
+    """What is requested at each step of an epoch for rows ``first:last``."""
+    ahead = -(-LOOK_AHEAD // (last - first))
+    requested: dict[tuple[int, int, int], int] = {}
+    for step in range(order.steps_per_epoch - ahead):
+        new = []
+        for window, samples in order.ahead(step + ahead, first, last):
+            if window not in requested:
+                new += runs(index, samples)
+            requested[window] = step
+        requested = {w: until for w, until in requested.items() if until == step}
+        yield new
+
+
+def main() -> None:
+    """Count and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--samples", type=int, default=1_281_167)
+    parser.add_argument("--bytes", type=int, default=110_000, help="of an image, on average")
+    parser.add_argument("--batch", type=int, default=1024, help="global batch")
+    args = parser.parse_args()
+    index = make_index(args.samples, args.bytes)
+    block = block_size(len(index), index.num_bytes)
+    order = SampleOrder(len(index), args.batch, 0, block)
+    print(
+        f"{len(index):,} images, {index.num_bytes / 1e9:.0f} GB, blocks of {block}, "
+        f"batch {args.batch}"
+    )
+    print(
+        f"{'hosts x workers':<16}{'requests':>10}{'GB read':>9}{'MB each':>9}{'GB in a host':>14}"
+    )
+    for hosts, workers in LAYOUTS:
+        rows = args.batch // hosts // workers
+        ahead = -(-LOOK_AHEAD // rows)
+        total, size, held, most = 0, 0, 0, 0
+        needed: dict[int, int] = {}  # samples, and the bytes held for each
+        for step, new in enumerate(reads(index, order, 0, rows)):
+            for run in new:
+                total, size, held = total + 1, size + run.length, held + run.length
+                needed |= dict.fromkeys(run.samples.tolist(), run.length // len(run.samples))
+            held -= sum(needed.pop(i, 0) for i in order.rows(step, 0, rows).tolist())
+            if step > ahead:
+                most = max(most, held)
+        parts = hosts * workers
+        print(
+            f"{f'{hosts} x {workers}':<16}{total * parts:>10,}{size * parts / 1e9:>9.0f}"
+            f"{size / total / 1e6:>9.2f}{most * workers / 1e9:>14.2f}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""Data sets as the Hugging Face hub keeps them: a repository, or parquet files of images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rae_xla.data import storage
+from rae_xla.data.class_names import names_for
+from rae_xla.data.encoding import ORIGINALS, Encoding, ShardSample
+from rae_xla.data.image_source import ImageSource, hash_of, sample_order
+from rae_xla.errors import UserError
+
+HUB_PREFIX = "hf:"
+
+
+def hub_source(
+    source: str,
+    *,
+    split: str = "train",
+    image_column: str | None = None,
+    label_column: str | None = None,
+    encoding: Encoding = ORIGINALS,
+    class_names: tuple[str, ...] | None = None,
+    shuffle: bool = True,
+    workers: int = 1,
+) -> ImageSource:
+    """A repository ``hf:owner/name``, a local ``.parquet`` file, or a local folder of them.
+
+    Args:
+        source: what to read; the library keeps a copy in its cache (``HF_HOME``).
+        split: the part of a repository or folder.
+        image_column: if None, the only column of images.
+        label_column: integers, class labels or class names; if None, the only one of class labels.
+        encoding: what becomes of the images.
+        class_names: names of the labels; if None, those the column has, or the numbers.
+        shuffle: mix the classes, the same way every time.
+        workers: processes that read and encode.
+
+    Raises:
+        UserError: if ``datasets`` is not installed, the source cannot be read, a column is not
+            what it must be, or a row has no label; while iterating, if an image cannot be read.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(
+            f"{source}: reading it needs the package datasets: pip install 'rae-xla[hub]'"
+        ) from None
+    table = _opened(source, split)
+    image = image_column or _only_column(table, datasets.Image, source, "--image-column")
+    label = label_column or _only_column(table, datasets.ClassLabel, source, "--label-column")
+    for name in (image, label):
+        if name not in table.column_names:
+            raise UserError(f"{source}: no column {name!r}; there are {_columns(table)}")
+    labels, names = _labels(table, label, class_names, source)
+    try:
+        pictures = table.select_columns([image]).cast_column(image, datasets.Image(decode=False))
+    except Exception as error:  # pyarrow's, for a column that holds something else
+        raise UserError(
+            f"{source}: column {image!r} holds no images ({_first_line(error)})"
+        ) from None
+    order = sample_order(len(labels), shuffle)
+    # What the images are is told by their sum of bytes: reading all of them would take as long
+    # as making the shards.
+    size = str(table.info.dataset_size or "").encode()
+    contents = hash_of([image.encode(), size, labels[order].tobytes()])
+    load = _Load(source, pictures, image)
+    items = [(row, int(labels[row])) for row in order]
+    return ImageSource(items, load, names, contents, encoding, workers)
+
+
+@dataclass(frozen=True)
+class _Load:
+    """Reads and encodes a row; pickled, it names the files of the library's cache."""
+
+    source: str
+    table: Any
+    column: str
+
+    def __call__(self, encoding: Encoding, item: tuple[int, int]) -> ShardSample:
+        row, label = item
+        cell = self.table[row][self.column]
+        if cell is None or (cell["bytes"] is None and cell["path"] is None):
+            raise UserError(f"{self.source}: row {row} has no image")
+        content = cell["bytes"]
+        if content is None:
+            try:
+                content = storage.read_bytes(cell["path"])
+            except FileNotFoundError:
+                raise UserError(
+                    f"{self.source}: row {row} names the file {cell['path']}, which is not there"
+                ) from None
+        return encoding.of_file(content, label, f"{self.source}, row {row}")
+
+
+def _opened(source: str, split: str) -> Any:
+    import datasets
+
+    try:
+        if source.startswith(HUB_PREFIX):
+            return datasets.load_dataset(source.removeprefix(HUB_PREFIX), split=split)
+        if source.endswith(".parquet"):
+            return datasets.load_dataset("parquet", data_files={split: source}, split=split)
+        return datasets.load_dataset(source, split=split)
+    except Exception as error:  # the library's own, those of its HTTP client, pyarrow's …
+        cause = error.__cause__ or error
+        raise UserError(
+            f"{source}: cannot be read as a data set with the split {split!r} "
+            f"({type(cause).__name__}: {_first_line(cause)}); check the name, the split, and for a "
+            "repository the network and `hf auth login`"
+        ) from None
+
+
+def _only_column(table: Any, kind: type, source: str, option: str) -> str:
+    found = [name for name, feature in table.features.items() if isinstance(feature, kind)]
+    if len(found) != 1:
+        many = f"{len(found)} columns" if found else "no column"
+        raise UserError(
+            f"{source}: {many} of type {kind.__name__}; choose one with {option}: "
+            f"there are {_columns(table)}"
+        )
+    return str(found[0])
+
+
+def _columns(table: Any) -> str:
+    def kind(feature: Any) -> str:
+        dtype = getattr(feature, "dtype", None)
+        name = type(feature).__name__
+        return f"{name} {dtype}" if name == "Value" else name
+
+    return ", ".join(f"{name} ({kind(feature)})" for name, feature in table.features.items())
+
+
+def _labels(
+    table: Any, column: str, given: tuple[str, ...] | None, source: str
+) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+    """The label of every row, and the names of the classes."""
+    values = list(table[column][:])
+    where = f"{source}, column {column!r}"
+    bad = [i for i, value in enumerate(values) if not isinstance(value, int | str)]
+    if bad:
+        raise UserError(f"{where}: the label of row {bad[0]} is {values[bad[0]]!r}")
+    if not values:
+        raise UserError(f"{source}: there is no row in it")
+    if isinstance(values[0], str):
+        names = given or tuple(sorted(set(values)))
+        number = {name: label for label, name in enumerate(names)}
+        unknown = sorted(set(values) - set(number))
+        if unknown:
+            raise UserError(f"{where}: --classes gives no label to {', '.join(unknown[:3])}")
+        return np.array([number[value] for value in values], np.int64), names
+    labels = np.array(values, np.int64)
+    if np.min(labels) < 0:
+        raise UserError(
+            f"{where}: the label of row {np.argmin(labels)} is {np.min(labels)}: the split has "
+            "no labels; choose another with --split"
+        )
+    own = getattr(table.features[column], "names", None)
+    return labels, names_for(int(np.max(labels)), given or (tuple(own) if own else None), where)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or "no message").splitlines()[0]

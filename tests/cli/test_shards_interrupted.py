@@ -1,0 +1,166 @@
+"""A real `rae-xla shards make`, interrupted in every way: run again, it ends as if it was not."""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from rae_xla.data.shards import verify
+
+PER_SHARD = 8
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    """80 pictures, each some 20 ms of work."""
+    folder = tmp_path_factory.mktemp("images")
+    pixels = np.random.default_rng(0).integers(0, 256, (700, 600, 3), dtype=np.uint8)
+    for name in ("ant", "bee"):
+        (folder / name).mkdir()
+        for number in range(40):
+            rolled = np.roll(pixels, number * 7 + len(name), axis=number % 2)
+            Image.fromarray(rolled).save(folder / name / f"{number}.bmp")
+    return folder
+
+
+def _command(images: Path, out: Path, workers: int) -> list[str]:
+    options = f"--image-size 300 --samples-per-shard {PER_SHARD} --workers {workers}"
+    words = ["shards", "make", str(images), str(out), *options.split()]
+    return [sys.executable, "-m", "rae_xla", *words]
+
+
+def _start(images: Path, out: Path, workers: int = 3, **options) -> subprocess.Popen:
+    return subprocess.Popen(
+        _command(images, out, workers),
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        **options,
+    )
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(images, tmp_path_factory) -> dict[str, bytes]:
+    out = tmp_path_factory.mktemp("whole") / "out"
+    subprocess.run(_command(images, out, 1), check=True, capture_output=True, timeout=120)
+    return _contents(out)
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def _on_record(out: Path) -> list[str]:
+    """The shards that are finished and noted as such."""
+    entries = out.glob(".writing-shard-*") if out.exists() else ()
+    return sorted(
+        f"{p.name.removeprefix('.writing-')}.tar" for p in entries if ".tmp" not in p.name
+    )
+
+
+def _wait(condition, what: str, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"waited in vain: {what}"
+        time.sleep(0.005)
+
+
+def _group_is_gone(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+def _children(process: int) -> list[int]:
+    """Its worker processes (not the tracker of resources, which multiprocessing starts too)."""
+    text = Path(f"/proc/{process}/task/{process}/children").read_text()
+    return [
+        child
+        for child in map(int, text.split())
+        if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()
+    ]
+
+
+def _goes_on(images: Path, out: Path, uninterrupted: dict[str, bytes], workers: int = 2) -> str:
+    """Run again, to the end, and compare everything; gives what was printed."""
+    finished = _on_record(out)
+    before = {name: os.stat(out / name) for name in finished}
+    done = subprocess.run(
+        _command(images, out, workers), check=True, capture_output=True, text=True, timeout=120
+    )
+    assert f"{out}: going on after {PER_SHARD * len(finished)} images" in done.stderr
+    assert _contents(out) == uninterrupted
+    for name, stat in before.items():
+        again = os.stat(out / name)
+        assert (again.st_ino, again.st_mtime_ns) == (stat.st_ino, stat.st_mtime_ns)
+    return done.stderr
+
+
+def test_killed_twice_with_several_workers(images, tmp_path, uninterrupted):
+    out = tmp_path / "out"
+    for enough in (2, 5):
+        process = _start(images, out)
+        _wait(lambda enough=enough: len(_on_record(out)) >= enough, "finished shards")
+        process.kill()
+        process.wait()
+        # The workers notice that their pipe ended; they are nobody's to kill.
+        _wait(lambda pid=process.pid: _group_is_gone(pid), "the end of the workers")
+        assert len(_on_record(out)) < len(uninterrupted) - 2, "it ended before it was killed"
+    _goes_on(images, out, uninterrupted)
+    assert verify(str(out)) == []
+
+
+def test_interrupted_by_the_user(images, tmp_path, uninterrupted):
+    out = tmp_path / "out"
+    process = _start(images, out)
+    _wait(lambda: len(_on_record(out)) >= 2, "finished shards")
+    os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to the workers too
+    stderr = process.communicate(timeout=30)[1]
+    assert process.returncode == 128 + signal.SIGINT
+    assert stderr.splitlines()[-1] == "rae-xla: interrupted"
+    assert "Traceback" not in stderr
+    assert not list(out.glob("*.tmp-*"))
+    _wait(lambda: _group_is_gone(process.pid), "the end of the workers")
+    _goes_on(images, out, uninterrupted)
+
+
+def test_a_worker_that_is_killed(images, tmp_path, uninterrupted):
+    out = tmp_path / "out"
+    process = _start(images, out)
+    _wait(lambda: len(_on_record(out)) >= 1, "a finished shard")
+    os.kill(_children(process.pid)[0], signal.SIGKILL)
+    stderr = process.communicate(timeout=30)[1]
+    assert process.returncode == 2
+    assert stderr.splitlines()[-1].startswith("rae-xla: error: a worker process died")
+    assert "Traceback" not in stderr
+    assert not list(out.glob("*.tmp-*"))
+    _wait(lambda: _group_is_gone(process.pid), "the end of the workers")
+    _goes_on(images, out, uninterrupted)
+
+
+def test_a_disk_that_is_full(images, tmp_path, uninterrupted):
+    """No file may grow beyond 2 MB, so the writing of the shard that needs more fails."""
+    out = tmp_path / "out"
+    limit = 2_000_000
+    assert len(uninterrupted["shard-000000.tar"]) > limit
+    limited = _start(
+        images, out, 2, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit,) * 2)
+    )
+    stderr = limited.communicate(timeout=60)[1]
+    assert limited.returncode == 2
+    assert "File too large" in stderr.splitlines()[-1]
+    assert "mend that and run the same command again" in stderr.splitlines()[-1]
+    assert "Traceback" not in stderr
+    assert [path.name for path in out.iterdir()] == [".writing"]
+    again = subprocess.run(_command(images, out, 2), check=True, capture_output=True, timeout=120)
+    assert b"going on" not in again.stderr
+    assert _contents(out) == uninterrupted

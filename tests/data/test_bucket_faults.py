@@ -1,0 +1,120 @@
+"""Objects that are overwritten, or that a bucket does not give, while a run reads them."""
+
+import json
+import time
+from itertools import islice
+
+import pytest
+import torch
+from numbered import numbered_arrays
+
+from rae_xla.data import storage
+from rae_xla.data.cache import RangeCache
+from rae_xla.data.faults import BadSamples
+from rae_xla.data.index import open_index
+from rae_xla.data.shards import verify, write_shards
+from rae_xla.data.sources import array_source
+from rae_xla.data.stream import SampleStream
+from rae_xla.data.transforms import CenterCrop
+from rae_xla.errors import UserError
+
+BATCH = 16
+
+
+@pytest.fixture
+def index(bucket, monkeypatch):
+    monkeypatch.setenv("RAE_XLA_GCS_TIMEOUT", "0.3")
+    source = array_source(*numbered_arrays(100), shuffle=False)
+    write_shards(source, bucket, classes=source.classes, samples_per_shard=30)
+    return open_index(bucket)
+
+
+def take(index, file=None, workers=0, limit=1.0, cache=None, steps=12):
+    bad = BadSamples(file, max_fraction=limit, say=lambda line: None)
+    stream = SampleStream(
+        index, seed=5, global_batch_size=BATCH, transform=CenterCrop(8), num_workers=workers,
+        cache=cache, bad_samples=bad,
+    )  # fmt: skip
+    batches = stream.batches()
+    taken = list(islice(batches, steps))
+    batches.close()
+    return taken, bad
+
+
+def assert_replaced(batches, clean, file, lost, shard):
+    listed = [json.loads(line) for line in file.read_text().splitlines()]
+    assert {line["shard"] for line in listed} == {shard}
+    seen = 0
+    for before, after in zip(clean, batches, strict=True):
+        for row, old in enumerate(before["index"].tolist()):
+            if old in lost:
+                seen += 1
+                assert int(after["index"][row]) not in lost
+            else:
+                assert torch.equal(after["image"][row], before["image"][row])
+    assert seen
+    assert {line["sample"] for line in listed} <= set(lost)
+    return listed
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_object_overwritten_since_the_index_was_opened(index, tmp_path, workers):
+    """Even with the very bytes it had: what is read is of the generation that was listed."""
+    clean, _ = take(index)
+    shard = index.path_of(index.shards[3])
+    storage.write_bytes(shard, storage.read_bytes(shard))
+    file = tmp_path / "bad.jsonl"
+    batches, bad = take(index, file, workers)
+    listed = assert_replaced(batches, clean, file, range(90, 100), shard)
+    assert bad.count == len(listed)
+    assert all("disappeared or was overwritten" in line["reason"] for line in listed)
+    assert open_index(index.folder).generations != index.generations
+
+
+def test_an_object_overwritten_before_the_run_stops_it(index):
+    shard = index.path_of(index.shards[3])
+    content = storage.read_bytes(shard)
+    storage.write_bytes(shard, content[:-1] + b"\1")
+    with pytest.raises(UserError, match=r"shard-000003\.tar was overwritten: its MD5 is"):
+        open_index(index.folder)
+    faults = verify(index.folder)
+    assert [fault.file for fault in faults] == ["shard-000003.tar"]
+
+
+@pytest.mark.parametrize("kind", ["503", "stall", "disconnect"])
+def test_an_object_that_is_never_given(index, gcs, tmp_path, kind):
+    clean, _ = take(index)
+    gcs.inject(r"GET /download.*shard-000003", kind=kind)
+    file, begin = tmp_path / "bad.jsonl", time.monotonic()
+    batches, _ = take(index, file, workers=1)
+    listed = assert_replaced(batches, clean, file, range(90, 100), index.path_of(index.shards[3]))
+    assert all("cannot be read: " in line["reason"] for line in listed)
+    assert time.monotonic() - begin < 60
+
+
+def test_a_storm_that_passes_leaves_no_trace(index, gcs):
+    clean, _ = take(index)
+    gcs.inject("GET /download", kind="503", times=30)
+    gcs.inject("GET /download", kind="stall", times=3)
+    batches, bad = take(index, workers=2, limit=0)
+    assert bad.count == 0
+    for ours, theirs in zip(batches, clean, strict=True):
+        assert torch.equal(ours["image"], theirs["image"])
+
+
+def test_a_bucket_that_gives_nothing_ends_the_run(index, gcs):
+    gcs.inject("GET /download", kind="503")
+    with pytest.raises(UserError, match=r"cannot be read: .*503"):
+        take(index, limit=0.5)
+
+
+def test_what_is_in_the_cache_is_not_asked_for_again(index, gcs, tmp_path):
+    cache = RangeCache(str(tmp_path / "cache"), 10**9)
+    cache.prepare()
+    clean, _ = take(index)
+    take(index, workers=2, cache=cache)
+    before = gcs.stats()["media_gets"]
+    batches, _ = take(index, workers=2, cache=cache)
+    assert gcs.stats()["media_gets"] == before
+    for ours, theirs in zip(batches, clean, strict=True):
+        assert torch.equal(ours["image"], theirs["image"])

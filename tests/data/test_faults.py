@@ -1,0 +1,200 @@
+"""Samples that cannot be used: replaced in their rows, counted, named, and too many of them."""
+
+import dataclasses
+import io
+import json
+import os
+from itertools import count, islice
+
+import numpy as np
+import pytest
+import torch
+from numbered import numbered_arrays
+from PIL import Image
+
+from rae_xla.data.faults import BadSamples, replacement
+from rae_xla.data.shards import ShardSample, open_index, write_shards
+from rae_xla.data.stream import SampleStream, one_pass
+from rae_xla.data.transforms import CenterCrop
+from rae_xla.errors import UserError
+
+BATCH, STEPS = 16, 12
+
+
+def stream(index, file=None, limit=1.0, workers=0, **options):
+    said = []
+    bad = BadSamples(file, max_fraction=limit, say=said.append)
+    made = SampleStream(
+        index, seed=5, global_batch_size=BATCH, transform=CenterCrop(8), num_workers=workers,
+        bad_samples=bad, **options,
+    )  # fmt: skip
+    return made, bad, said
+
+
+def take(made, start=0, steps=STEPS):
+    batches = made.batches(start)
+    taken = list(islice(batches, steps))
+    batches.close()
+    return taken
+
+
+def png(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def garble(index, sample):
+    """Other bytes where the image of a sample lies."""
+    with open(index.path_of(index.shard_of(sample)), "r+b") as file:
+        file.seek(int(index.samples["offset"][sample]) + 20)
+        file.write(b"\0\1\2\3")
+
+
+def cut(index, sample):
+    """End the sample's shard right before it, between two members of the tar."""
+    header = int(index.samples["offset"][sample]) - 512
+    os.truncate(index.path_of(index.shard_of(sample)), header)
+
+
+def remove(index, sample):
+    os.remove(index.path_of(index.shard_of(sample)))
+
+
+@pytest.fixture
+def index(make_shards):
+    return make_shards(100)  # shards of 30, 30, 30 and 10
+
+
+FAULTS = {
+    "overwritten": (garble, 95, {95}, "sample 95 was changed after the index was written"),
+    "cut at a member": (cut, 95, set(range(95, 100)), "the shard is truncated: it ends before"),
+    "gone": (remove, 95, set(range(90, 100)), "the shard has disappeared"),
+}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_bad_sample_is_replaced_counted_named_and_listed(index, tmp_path, fault, workers):
+    clean = take(stream(index)[0])
+    damage, sample, lost, reason = FAULTS[fault]
+    damage(index, sample)
+    file = tmp_path / "bad_samples.jsonl"
+    made, bad, said = stream(index, file, workers=workers)
+    batches = take(made)
+
+    listed = [json.loads(line) for line in file.read_text().splitlines()]
+    replaced = {(line["epoch"], line["sample"]) for line in listed}
+    seen = 0
+    for step, (before, after) in enumerate(zip(clean, batches, strict=True)):
+        assert after["image"].shape == before["image"].shape
+        for row, old in enumerate(before["index"].tolist()):
+            new, epoch = int(after["index"][row]), step // made.steps_per_epoch
+            if old not in lost:
+                assert new == old
+                assert torch.equal(after["image"][row], before["image"][row])
+                continue
+            seen += 1
+            assert new not in lost
+            stand_ins = (replacement(5, epoch, old, attempt, 100) for attempt in count())
+            assert new == next(sample for sample in stand_ins if sample not in lost)
+            assert (epoch, old) in replaced
+            assert after["label"][row] == new % 5
+            # what stands in for it is really that sample
+            number = after["image"][row, 0, 0, 0].long() + 256 * after["image"][row, 0, 0, 1].long()
+            assert number == new
+    assert seen
+    assert bad.count >= seen
+    # what was made ahead of the last batch taken is not counted yet
+    assert len(listed) == len(said) == bad.count
+    shard = index.path_of(index.shard_of(sample))
+    assert {line["shard"] for line in listed} == {shard}
+    assert all(reason in line["reason"] or "truncated" in line["reason"] for line in listed)
+    assert all(line.startswith(f"bad sample: {shard}: ") for line in said)
+    assert any(reason in line for line in said)
+
+
+def test_replacements_are_the_same_for_any_number_of_hosts(index):
+    garble(index, 41)
+    cut(index, 72)
+    whole = take(stream(index)[0])
+    for hosts in (2, 4):
+        parts = [take(stream(index, process_index=i, process_count=hosts)[0]) for i in range(hosts)]
+        for step, batch in enumerate(whole):
+            for name in batch:
+                assert torch.equal(torch.cat([part[step][name] for part in parts]), batch[name])
+    assert torch.equal(take(stream(index)[0], start=7, steps=1)[0]["image"], whole[7]["image"])
+
+
+def test_an_image_that_does_not_decode(tmp_path):
+    images, labels = numbered_arrays(40)
+    samples = [ShardSample(png(p), "png", int(k)) for p, k in zip(images, labels, strict=True)]
+    samples[7] = dataclasses.replace(samples[7], image=samples[7].image[:60])
+    index = write_shards(samples, str(tmp_path / "shards"), classes=list("abcde"))
+    made, bad, said = stream(index)
+    take(made, steps=4)
+    assert bad.count >= 1
+    assert "the image of sample 7 does not decode" in said[0]
+    with pytest.raises(UserError, match=r"sample 7 does not decode .*make the shards again"):
+        list(one_pass(index, batch_size=8, transform=CenterCrop(8)))
+
+
+def test_too_many_bad_samples_end_the_run_with_the_list(index, tmp_path):
+    remove(index, 0)
+    file = tmp_path / "bad_samples.jsonl"
+    made, bad, _ = stream(index, file, limit=0.001)
+    with pytest.raises(UserError) as caught:
+        take(made)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.startswith(f"{bad.count} bad samples among 16 read, more than")
+    assert "data.max_bad_samples = 0.001" in message
+    assert "shard-000000.tar: sample" in message
+    assert str(file) in message
+    assert len(file.read_text().splitlines()) == bad.count
+
+
+@pytest.mark.parametrize(
+    ("read", "per_epoch", "allowed"), [(16, 10_000, 10), (16, 0, 0), (50_000, 10_000, 50)]
+)
+def test_the_limit_is_a_share_of_what_was_read_or_of_an_epoch_while_that_is_more(
+    read, per_epoch, allowed
+):
+    from rae_xla.data.faults import BadSample
+
+    one = BadSample(0, 3, "shard.tar", 512, "shard.tar: sample 3 is gone", 9)
+    bad = BadSamples(max_fraction=0.001, per_epoch=per_epoch, say=lambda line: None)
+    bad.take(read, [one] * allowed)
+    with pytest.raises(UserError, match=rf"^{allowed + 1} bad samples among {read} read"):
+        bad.take(0, [one])
+
+
+def test_where_nothing_can_be_read_the_run_ends_at_once(index):
+    for shard in index.shards:
+        os.remove(index.path_of(shard))
+    with pytest.raises(UserError, match="9 samples in a row cannot be used, so nothing can be"):
+        take(stream(index)[0])
+
+
+def test_replacements_are_spread_and_depend_on_epoch_and_seed():
+    stand_ins = [replacement(0, 0, sample, 0, 1000) for sample in range(1000)]
+    assert len(set(stand_ins)) > 600
+    assert replacement(0, 1, 5, 0, 1000) != replacement(0, 0, 5, 0, 1000)
+    assert replacement(1, 0, 5, 0, 1000) != replacement(0, 0, 5, 0, 1000)
+    assert replacement(0, 0, 5, 1, 1000) != replacement(0, 0, 5, 0, 1000)
+
+
+def test_overwritten_shards_of_the_same_size_stop_before_the_first_batch(index):
+    garble(index, 29)
+    garble(index, 99)
+    with pytest.raises(UserError) as caught:
+        open_index(index.folder)
+    for shard in ("shard-000000.tar", "shard-000003.tar"):
+        assert f"{shard} was overwritten" in str(caught.value)
+    assert "shard-000001.tar" not in str(caught.value)
+
+
+def test_an_index_that_no_longer_matches_stops_before_the_first_batch(index):
+    os.truncate(index.path_of(index.shards[1]), 30_000)
+    with pytest.raises(UserError, match=r"shard-000001\.tar is truncated: 30000 bytes"):
+        open_index(index.folder)

@@ -1,0 +1,64 @@
+"""Going on at step 1,000,000 of a large data set costs what it costs at step 10."""
+
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from photographs import write_photographs
+
+from rae_xla.data.index import open_index
+from rae_xla.data.order import block_size
+from rae_xla.data.stream import SampleStream
+from rae_xla.data.transforms import CenterCrop
+
+SAMPLES, BATCH = 2_000_000, 256
+
+
+def large(index):
+    """An index of two million samples, whose shards are the same few over and over."""
+    copies = -(-SAMPLES // len(index))
+    return replace(index, shards=index.shards * copies, samples=np.tile(index.samples, copies))
+
+
+@pytest.fixture(params=["disk", "bucket"])
+def index(request, tmp_path):
+    folder = (
+        str(tmp_path / "shards") if request.param == "disk" else request.getfixturevalue("bucket")
+    )
+    write_photographs(folder, count=1000, size=(48, 36), samples_per_shard=500)
+    return large(open_index(folder))
+
+
+def first_batches(index, step):
+    """Seconds to the first batch, from nothing, and the third."""
+    stream = SampleStream(index, seed=1, global_batch_size=BATCH, transform=CenterCrop(32))
+    start = time.perf_counter()
+    batches = stream.batches(step)
+    next(batches)
+    seconds = time.perf_counter() - start
+    next(batches), next(batches)
+    batches.close()
+    return seconds
+
+
+def test_the_first_batch_costs_the_same_at_any_step(index, request, record_property):
+    assert block_size(len(index), index.num_bytes) > 100  # long reads, as of a real large set
+    emulator = request.getfixturevalue("gcs") if index.folder.startswith("gs://") else None
+    first_batches(index, 0)  # imports, connections
+    seconds, requests = {}, {}
+    for step in (10, 1_000_000):
+        times = []
+        for repeat in range(3):
+            before = emulator.stats()["media_gets"] if emulator else 0
+            times.append(first_batches(index, step + repeat))
+            requests[step] = emulator.stats()["media_gets"] - before if emulator else 0
+        seconds[step] = min(times)
+    record_property("seconds", seconds)
+    record_property("requests", requests)
+    print(seconds, requests)
+    assert max(seconds.values()) < 1
+    # Times of some 10 ms vary by as much on a busy machine.
+    assert seconds[1_000_000] < 2 * seconds[10] + 0.05
+    assert requests[1_000_000] <= 2 * requests[10]
+    assert requests[10] <= 2 * requests[1_000_000]

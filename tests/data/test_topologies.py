@@ -1,0 +1,107 @@
+"""The same global batches, pixels and flips on any number of hosts and workers, and from anywhere.
+
+JPEGs of a photograph's proportions, cropped at random; the bucket is a real server on loopback.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from photographs import write_photographs
+
+from rae_xla.data.shards import open_index
+from rae_xla.data.stream import SampleStream
+from rae_xla.data.transforms import ResizeRandomCrop
+
+BATCH, STEPS = 32, 7  # past the end of the first epoch
+
+FEW = [(1, 1), (2, 4), (8, 1)]
+MANY = [(hosts, workers) for hosts in (1, 2, 4, 8) for workers in (1, 2, 4)]
+CASES = [
+    pytest.param(place, *pair, marks=[] if place == "disk" or pair in FEW else pytest.mark.slow)
+    for place in ("disk", "bucket")
+    for pair in MANY
+]
+
+
+def take(index, hosts, workers, start=0, steps=STEPS):
+    """Global batches: those of every host put together, the hosts running at once."""
+
+    def one_host(number):
+        stream = SampleStream(
+            index, seed=3, global_batch_size=BATCH, transform=ResizeRandomCrop(32, fast=True),
+            process_index=number, process_count=hosts, num_workers=workers, flip=True,
+        )  # fmt: skip
+        batches = stream.batches(start)
+        taken = list(islice(batches, steps))
+        batches.close()
+        return taken
+
+    with ThreadPoolExecutor(hosts) as pool:
+        parts = list(pool.map(one_host, range(hosts)))
+    return [
+        {name: torch.cat([batch[name] for batch in step]) for name in step[0]}
+        for step in zip(*parts, strict=True)
+    ]
+
+
+def assert_same(ours, theirs):
+    assert len(ours) == len(theirs)
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.keys() == other.keys() == {"image", "label", "index"}
+        for name in one:
+            assert torch.equal(one[name], other[name])
+
+
+@pytest.fixture(scope="module")
+def on_disk(tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("data") / "shards")
+    return write_photographs(folder, count=150, size=(80, 60), shard_size_bytes=60_000)
+
+
+@pytest.fixture(scope="module")
+def expected(on_disk):
+    """From disk, by one host, in a thread."""
+    batches = take(on_disk, hosts=1, workers=0, steps=12)
+    assert sorted(torch.cat([b["index"] for b in batches[:4]]).tolist()) != list(range(128))
+    assert batches[0]["image"].shape == (BATCH, 3, 32, 32)
+    return batches
+
+
+@pytest.fixture(scope="module")
+def in_bucket(on_disk, gcs):
+    folder = "gs://shards/topologies"
+    written = write_photographs(folder, count=150, size=(80, 60), shard_size_bytes=60_000)
+    assert written.fingerprint == on_disk.fingerprint
+    assert written.generations.keys() == {shard.file for shard in written.shards}
+    return open_index(folder)
+
+
+@pytest.fixture
+def index(request, on_disk):
+    return on_disk if request.param == "disk" else request.getfixturevalue("in_bucket")
+
+
+@pytest.mark.parametrize(("index", "hosts", "workers"), CASES, indirect=["index"])
+def test_the_same_global_batches(index, expected, hosts, workers):
+    assert_same(take(index, hosts, workers), expected[:STEPS])
+
+
+@pytest.mark.parametrize("index", ["disk", "bucket"], indirect=True)
+@pytest.mark.parametrize(("start", "hosts"), [(1, 2), (3, 8), (4, 1), (5, 4), (9, 2)])
+def test_resumed_on_another_number_of_hosts(index, expected, start, hosts):
+    """As a run does that is stopped after ``start`` steps, wherever in an epoch that is."""
+    assert_same(take(index, hosts, workers=0, start=start, steps=3), expected[start : start + 3])
+
+
+def test_flips_and_crops_are_drawn(expected):
+    """What the test is about is there: the same sample looks different in another epoch."""
+    seen = {}
+    for batch in expected:
+        for sample, image in zip(batch["index"].tolist(), batch["image"], strict=True):
+            seen.setdefault(sample, []).append(image)
+    pairs = [images for images in seen.values() if len(images) > 1]
+    assert len(pairs) > 50
+    assert np.mean([torch.equal(images[0], images[1]) for images in pairs]) < 0.05

@@ -1,0 +1,80 @@
+"""Processes that fail, die, or outlive what they work for."""
+
+import os
+import signal
+import time
+
+import pytest
+
+from rae_xla.data.worker_pool import ordered_map
+from rae_xla.errors import UserError
+
+
+def _square(number: int) -> int:
+    time.sleep(0.02 * (number % 3))
+    return number * number
+
+
+def _troubled(item: str) -> str:
+    if item == "user":
+        raise UserError("x.png: not a readable image")
+    if item == "disk":
+        raise OSError(28, "No space left on device", "/somewhere")
+    if item == "bug":
+        raise KeyError("surprise")
+    if item == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return item
+
+
+def _large(number: int) -> bytes:
+    return bytes([number % 256]) * 300_000
+
+
+def _sleep(seconds: float) -> float:
+    time.sleep(seconds)
+    return seconds
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_results_come_in_order(workers):
+    assert list(ordered_map(_square, range(50), workers)) == [n * n for n in range(50)]
+    assert list(ordered_map(_square, [], workers)) == []
+
+
+def test_items_and_results_larger_than_a_pipe():
+    items = [bytes(200_000) + bytes([n]) for n in range(40)]
+    assert list(ordered_map(len, items, 2)) == [200_001] * 40
+    for number, result in enumerate(ordered_map(_large, range(40), 2)):
+        assert result == _large(number)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize(
+    ("item", "kind", "message"),
+    [
+        ("user", UserError, r"^x\.png: not a readable image$"),
+        ("disk", OSError, "No space left on device: '/somewhere'"),
+        ("bug", (KeyError, RuntimeError), "surprise"),
+    ],
+)
+def test_errors_come_through(item, kind, message, workers):
+    done = []
+    with pytest.raises(kind, match=message):
+        done += ordered_map(_troubled, ["a", "b", item, "c"], workers)
+    assert done == ["a", "b"]
+
+
+def test_a_worker_that_dies_is_one_error():
+    results = ordered_map(_troubled, ["a", "b", "killed", *"cdefgh"], 2)
+    assert [next(results), next(results)] == ["a", "b"]
+    with pytest.raises(UserError, match="a worker process died"):
+        list(results)
+
+
+def test_whoever_stops_early_leaves_nothing_running():
+    results = ordered_map(_sleep, [0, *[60] * 10], 2)
+    assert next(results) == 0
+    start = time.monotonic()
+    results.close()
+    assert time.monotonic() - start < 10
