@@ -81,7 +81,14 @@ def test_an_object_overwritten_before_the_run_stops_it(index):
     assert [fault.file for fault in faults] == ["shard-000003.tar"]
 
 
-@pytest.mark.parametrize("kind", ["503", "stall", "disconnect"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "503",
+        pytest.param("stall", marks=pytest.mark.slow),
+        pytest.param("disconnect", marks=pytest.mark.slow),
+    ],
+)
 def test_an_object_that_is_never_given(index, gcs, tmp_path, kind):
     clean, _ = take(index)
     gcs.inject(r"GET /download.*shard-000003", kind=kind)
