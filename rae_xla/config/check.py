@@ -92,6 +92,8 @@ _POSITIVE = (
     "misc.num_classes",
     "misc.time_dist_shift_base",
     "data.image_size",
+    "data.prefetch",
+    "data.cache_gb",
     "checkpoint.every_steps",
     "checkpoint.keep_last",
     "runtime.devices",
@@ -110,6 +112,15 @@ def _check_numbers(config: RunConfig, origin: Origin) -> None:
         value = flat.get(key)
         if value is not None and value <= 0:
             _refuse(key, origin, f"expected a number above 0, got {value}")
+    data = config.data
+    if data.num_workers < 0:
+        _refuse("data.num_workers", origin, f"expected 0 or more, got {data.num_workers}")
+    if not 0 <= data.max_bad_samples <= 1:
+        _refuse(
+            "data.max_bad_samples",
+            origin,
+            f"expected a share between 0 and 1, got {data.max_bad_samples}",
+        )
     training = config.training
     if not 0 <= training.ema_decay < 1:
         _refuse("training.ema_decay", origin, f"expected 0 <= decay < 1, got {training.ema_decay}")

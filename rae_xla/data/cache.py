@@ -8,10 +8,11 @@ runs on different copies of a data set share it, and no overwritten shard is eve
 from __future__ import annotations
 
 import contextlib
+import os
+import shutil
 import sqlite3
-from functools import cached_property
+import threading
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 from rae_xla.data import storage
@@ -21,15 +22,23 @@ from rae_xla.errors import UserError
 PIECE = 1 << 20
 """Bytes of a piece: little is read in vain around a sample, and a file costs no more than it."""
 
-_TROUBLE = (OSError, sqlite3.Error)
-"""What a full or broken disk raises. A cache that fails is done without."""
+OWN_FOLDER = "rae_xla-pieces"
+"""In the folder that is given; what else lies there is not touched."""
+
+PATIENCE = 1.0
+"""Seconds to wait for another process's lock: a bucket gives a piece in less."""
+
+_opening = threading.Lock()
 
 
 class RangeCache:
-    """Reads ranges of shards through a folder of limited size. It pickles.
+    """Reads ranges of shards through a folder of limited size; where it fails, without it.
+
+    It pickles.
 
     Args:
-        folder: on a local disk or RAM disk; made if missing.
+        folder: on a local disk or RAM disk; made if missing. The pieces have one of their own in
+            it.
         limit: bytes that the pieces may take up.
     """
 
@@ -37,21 +46,10 @@ class RangeCache:
         if limit < PIECE:
             raise UserError(f"data.cache_gb: {limit} bytes are too few; give some GB")
         self.folder, self.limit = folder, limit
+        self._opened: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.folder, "limit": self.limit}
-
-    @cached_property
-    def _pieces(self) -> Any:
-        import diskcache
-
-        return diskcache.Cache(
-            self.folder,
-            size_limit=self.limit,
-            eviction_policy="least-recently-stored",  # a read need not write
-            disk_min_file_size=0,
-            sqlite_synchronous=0,  # a lost piece is read again
-        )
+        return {"folder": self.folder, "limit": self.limit, "_opened": None}
 
     def prepare(self) -> None:
         """Make the folder and mend what a crash may have left in it; once, before it is shared.
@@ -59,16 +57,29 @@ class RangeCache:
         Raises:
             UserError: it cannot be used.
         """
+        own = os.path.join(self.folder, OWN_FOLDER)
         try:
-            Path(self.folder).mkdir(parents=True, exist_ok=True)
-            self._pieces.check(fix=True)
-            self._pieces.reset("size_limit", self.limit)
-            self._pieces.cull()
-        except _TROUBLE as error:
+            os.makedirs(own, mode=0o700, exist_ok=True)
+            try:
+                self._mend()
+            except sqlite3.OperationalError:
+                raise  # the disk, not the books
+            except sqlite3.DatabaseError:  # a crash of the machine: nothing here is the only copy
+                self._opened = None
+                shutil.rmtree(own)
+                os.makedirs(own, mode=0o700)
+                self._mend()
+        except Exception as error:
             raise UserError(
-                f"data.cache_dir {self.folder} cannot be used: {error}. Give a folder on a local "
-                "disk, or leave data.cache_dir out"
+                f"data.cache_dir {self.folder} cannot be used: {error or type(error).__name__}. "
+                "Give a folder on a local disk, or leave data.cache_dir out"
             ) from error
+
+    def _mend(self) -> None:
+        pieces = self._pieces()
+        pieces.check(fix=True)
+        pieces.reset("size_limit", self.limit)
+        pieces.cull()
 
     def read(
         self, shard: Shard, path: str, start: int, length: int, generation: str | None
@@ -94,22 +105,53 @@ class RangeCache:
     def forget(self, shard: Shard, start: int, length: int) -> None:
         """Drop what is kept of a range."""
         for number in _numbers(start, length):
-            with contextlib.suppress(*_TROUBLE):
-                self._pieces.delete(_key(shard, number))
+            with contextlib.suppress(Exception):
+                self._pieces().delete(_key(shard, number))
 
     def size(self) -> int:
         """Bytes that the pieces take up, with the books."""
-        return int(self._pieces.volume())
+        return int(self._pieces().volume())
+
+    # Whatever goes wrong with a cache (a full disk, a lock, damaged books; diskcache's own errors
+    # have no common base), the shard is there still.
 
     def _get(self, shard: Shard, number: int) -> bytes | None:
-        with contextlib.suppress(*_TROUBLE):
-            content: bytes | None = self._pieces.get(_key(shard, number))
+        with contextlib.suppress(Exception):
+            content: bytes | None = self._pieces().get(_key(shard, number))
             return content
         return None
 
     def _put(self, shard: Shard, number: int, piece: bytes) -> None:
-        with contextlib.suppress(*_TROUBLE):
-            self._pieces.set(_key(shard, number), piece)
+        with contextlib.suppress(Exception):
+            self._pieces().set(_key(shard, number), piece)
+
+    def _pieces(self) -> Any:
+        with _opening:
+            if self._opened is None:
+                self._opened = _open(os.path.join(self.folder, OWN_FOLDER), self.limit)
+            return self._opened
+
+
+def _open(folder: str, limit: int) -> Any:
+    import diskcache
+
+    class BytesOnly(diskcache.Disk):
+        """Never unpickles what somebody else may have put there."""
+
+        def fetch(self, mode: int, *rest: Any) -> Any:
+            if mode not in (diskcache.core.MODE_RAW, diskcache.core.MODE_BINARY):
+                raise ValueError("not a piece of a shard")
+            return super().fetch(mode, *rest)
+
+    return diskcache.Cache(
+        folder,
+        timeout=PATIENCE,
+        disk=BytesOnly,
+        size_limit=limit,
+        eviction_policy="least-recently-stored",  # a read need not write
+        disk_min_file_size=0,
+        sqlite_synchronous=0,  # a lost piece is read again
+    )
 
 
 def _key(shard: Shard, number: int) -> str:

@@ -8,6 +8,7 @@ so shapes and order stay what they are, and which one is a function of seed, epo
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -33,8 +34,9 @@ class SampleError(UserError):
 
 @dataclass(frozen=True)
 class BadSample:
-    """A sample that was replaced: its number, shard and place there, why, and by which."""
+    """A sample that was replaced: when, its number, shard and place there, why, and by which."""
 
+    step: int
     epoch: int
     sample: int
     shard: str
@@ -52,6 +54,14 @@ def replacement(seed: int, epoch: int, sample: int, attempt: int, num_samples: i
     return int(word[0] % num_samples)
 
 
+def _step(line: str) -> float:
+    """The step that a line of the file is of; past all of them if a kill cut it short."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
 def say_on_stderr(line: str) -> None:
     """Where bad samples are told unless told elsewhere."""
     print(line, file=sys.stderr)
@@ -65,6 +75,7 @@ class BadSamples:
 
     Args:
         file: gets a line of JSON for every one; None: none is written.
+        start: the step that a run goes on with; what ``file`` says of later ones is dropped.
         max_fraction: of the samples read, or of an epoch's while that is more, may be bad.
         per_epoch: how many samples this process reads in an epoch.
         say: takes a line for people.
@@ -74,6 +85,7 @@ class BadSamples:
         self,
         file: Path | None = None,
         *,
+        start: int = 0,
         max_fraction: float = 0.001,
         per_epoch: int = 0,
         say: Callable[[str], None] = say_on_stderr,
@@ -83,6 +95,10 @@ class BadSamples:
         self._max_fraction, self._per_epoch = max_fraction, per_epoch
         self._read = 0
         self._first: list[BadSample] = []
+        if file is not None and file.exists():
+            lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if _step(line) < start]
+            file.write_text("".join(kept), encoding="utf-8")
 
     def take(self, samples: int, bad: Sequence[BadSample]) -> None:
         """Record what a step read.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +43,8 @@ def hub_source(
 
     Raises:
         UserError: if ``datasets`` is not installed, the source cannot be read, a column is not
-            what it must be, or a row has no label; while iterating, if an image cannot be read.
+            what it must be, or a row has no label; while iterating, if an image cannot be read, or
+            is named by a row and does not lie with the data set.
     """
     try:
         import datasets
@@ -68,7 +70,7 @@ def hub_source(
     # as making the shards.
     size = str(table.info.dataset_size or "").encode()
     contents = hash_of([image.encode(), size, labels[order].tobytes()])
-    load = _Load(source, pictures, image)
+    load = _Load(source, pictures, image, _folders(source))
     items = [(row, int(labels[row])) for row in order]
     return ImageSource(items, load, names, contents, encoding, workers)
 
@@ -80,6 +82,7 @@ class _Load:
     source: str
     table: Any
     column: str
+    folders: tuple[str, ...]
 
     def __call__(self, encoding: Encoding, item: tuple[int, int]) -> ShardSample:
         row, label = item
@@ -88,13 +91,40 @@ class _Load:
             raise UserError(f"{self.source}: row {row} has no image")
         content = cell["bytes"]
         if content is None:
-            try:
-                content = storage.read_bytes(cell["path"])
-            except FileNotFoundError:
-                raise UserError(
-                    f"{self.source}: row {row} names the file {cell['path']}, which is not there"
-                ) from None
+            content = self._named(row, cell["path"])
         return encoding.of_file(content, label, f"{self.source}, row {row}")
+
+    def _named(self, row: int, name: str) -> bytes:
+        """The file that a row names; whoever wrote the rows gets at no other file of the user's."""
+        where = f"{self.source}: row {row} names the file {name}"
+        path = os.path.realpath(os.path.join(self.folders[0], name))
+        inside = any(os.path.commonpath([path, folder]) == folder for folder in self.folders)
+        if storage.is_remote(name) or not inside:
+            raise UserError(
+                f"{where}, which does not lie in {self.folders[0]}: only files of the data set "
+                "itself are read; put it there, or the images into the parquet files"
+            )
+        try:
+            return storage.read_bytes(path)
+        except FileNotFoundError:
+            raise UserError(f"{where}, which is not there") from None
+
+
+def _folders(source: str) -> tuple[str, ...]:
+    """The folders in which the files of a data set lie, without symbolic links on the way.
+
+    Of a repository: the library's copy of it, and where its archives are unpacked.
+    """
+    if source.startswith(HUB_PREFIX):
+        import datasets
+        from huggingface_hub import constants
+
+        name = source.removeprefix(HUB_PREFIX).replace("/", "--")
+        copy = os.path.join(constants.HF_HUB_CACHE, f"datasets--{name}")
+        folders = (copy, str(datasets.config.EXTRACTED_DATASETS_PATH))
+    else:
+        folders = (os.path.dirname(source) if source.endswith(".parquet") else source,)
+    return tuple(os.path.realpath(folder) for folder in folders)
 
 
 def _opened(source: str, split: str) -> Any:

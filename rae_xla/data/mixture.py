@@ -120,6 +120,8 @@ def open_training_data(
     for folder, weight in zip(folders, weights, strict=True):
         if not 0 < weight < math.inf:
             raise UserError(f"data.weights: that of {folder} is {weight}; it must be above 0")
-    if twice := [folder for folder in folders if folders.count(folder) > 1]:
+    sources = tuple(open_index(folder) for folder in folders)
+    opened = [source.folder.rstrip("/") for source in sources]
+    if twice := [folder for folder in opened if opened.count(folder) > 1]:
         raise UserError(f"data.train names {twice[0]} twice: give it once, and more weight")
-    return Mixture(tuple(open_index(folder) for folder in folders), tuple(weights))
+    return Mixture(sources, tuple(weights))

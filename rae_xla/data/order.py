@@ -24,8 +24,8 @@ from rae_xla.data.counter import Purpose, counter_hash
 from rae_xla.errors import UserError
 
 Ids = NDArray[np.int64]
-Ahead = tuple[int, int, int]
-"""The name of a window: epoch, stream, number."""
+WindowName = tuple[int, int, int]
+"""Epoch, stream, number."""
 
 MANY_BLOCKS = 1 << 14
 """Blocks wanted at least; a set of up to twice as many samples is permuted sample by sample."""
@@ -33,7 +33,7 @@ MANY_BLOCKS = 1 << 14
 BLOCK_BYTES = 8 << 20
 """Blocks need not be larger: at 8 MiB a read from a bucket is bound by bandwidth, not latency."""
 
-MOST_STREAMS = 64
+STREAMS = 64
 """Up to this many hosts times workers can each read streams of their own."""
 
 WINDOW_BLOCKS = 4
@@ -80,13 +80,14 @@ class SampleOrder:
 
     @property
     def streams(self) -> int:
-        """How many streams an epoch is cut into: a divisor of the global batch size."""
-        return math.gcd(self.global_batch_size, MOST_STREAMS)
+        """How many streams an epoch is cut into: the divisor of the batch size nearest to 64."""
+        return _nearest_divisor(self.global_batch_size)
 
     @property
     def window(self) -> int:
-        """Samples in a window of a stream."""
-        return max(SMALLEST_WINDOW, WINDOW_BLOCKS * self.block)
+        """Samples in a window of a stream: fewer, the more windows are open at a time."""
+        usual = max(SMALLEST_WINDOW, WINDOW_BLOCKS * self.block)
+        return max(1, usual * STREAMS // max(STREAMS, self.streams))
 
     def epoch(self, step: int) -> int:
         """The epoch that global step ``step`` (from 0) belongs to."""
@@ -99,7 +100,7 @@ class SampleOrder:
             return step_in_epoch * self.global_batch_size + np.arange(first, last, dtype=np.int64)
         return np.concatenate([ids for _, ids in self._pieces(epoch, step_in_epoch, first, last)])
 
-    def ahead(self, step: int, first: int, last: int) -> Iterator[tuple[Ahead, Ids]]:
+    def ahead(self, step: int, first: int, last: int) -> Iterator[tuple[WindowName, Ids]]:
         """What is best read at once by whoever makes rows ``first:last`` from ``step`` on.
 
         Yields:
@@ -146,6 +147,12 @@ class _Place:
     row: int
 
 
+@lru_cache(maxsize=64)
+def _nearest_divisor(number: int) -> int:
+    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    return min(divisors, key=lambda d: abs(math.log(d / STREAMS)))
+
+
 @lru_cache(maxsize=1024)
 def _window(order: SampleOrder, epoch: int, stream: int, number: int, start: int) -> Ids:
     """One window of a stream, from ``start`` in the stream to its end, in the order of use."""
@@ -168,7 +175,7 @@ def _sequence(order: SampleOrder, epoch: int, first: int, last: int) -> Ids:
     return ids[skipped : skipped + last - first]
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=8)  # two epochs of each of several sources
 def _blocks(order: SampleOrder, epoch: int) -> tuple[Ids, Ids]:
     """The epoch's order of the blocks, and the number of samples up to the end of each."""
     count = -(-order.num_samples // order.block)

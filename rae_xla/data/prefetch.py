@@ -51,6 +51,7 @@ def in_thread(
         finally:
             for future in pending:
                 future.cancel()
+            maker.close()  # at once: the thread may be waiting for a bucket
 
 
 def in_processes(
@@ -69,7 +70,7 @@ def in_processes(
     if opening is None:
         return
     # Made here, one row tells the layout of all, and a broken data set before a process starts.
-    with closing(rows.open(first, first + 1)) as maker:
+    with closing(rows.open(first, first + 1, look_ahead=0)) as maker:
         row = maker.make(opening).arrays
     layout: Layout = [(name, (last - first, *a.shape[1:]), a.dtype.str) for name, a in row.items()]
     context = get_context("spawn")  # torch_xla cannot live in a forked process
@@ -155,7 +156,7 @@ def _work(
     while True:
         try:
             slot, step = pipe.recv()
-        except EOFError:
+        except (EOFError, ConnectionResetError):
             break  # the main process is gone
         answer: tuple[str, Any]
         try:
@@ -169,7 +170,7 @@ def _work(
             answer = ("bug", traceback.format_exc())
         try:
             pipe.send(answer)
-        except BrokenPipeError:
+        except (BrokenPipeError, ConnectionResetError):
             break
     maker.close()
 

@@ -7,9 +7,11 @@ threads fetch; they wait for the network and cost no core.
 
 from __future__ import annotations
 
+import threading
+from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -27,15 +29,26 @@ LONGEST = 8 << 20
 REQUESTS = 32
 """Side by side in each process: at 50 ms each, 640 samples a second even one by one."""
 
+MOST_HELD = 3 << 29
+"""Bytes read ahead in each process: what one process alone needs for ImageNet, and some more."""
 
-@dataclass(frozen=True)
+
+@dataclass(eq=False)
 class Run:
-    """Neighbouring samples of one shard, and the bytes from the first to the last of them."""
+    """Neighbouring samples of one shard, and the bytes from the first to the last of them.
+
+    ``content`` is there once they are being read; ``wanted`` samples have not been taken yet.
+    """
 
     shard: Shard
     samples: Ids
     start: int
     length: int
+    content: Future[bytes] | None = None
+    wanted: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.wanted = len(self.samples)
 
 
 def runs(index: ShardIndex, samples: Ids) -> Iterator[Run]:
@@ -61,6 +74,9 @@ def runs(index: ShardIndex, samples: Ids) -> Iterator[Run]:
 class ReadAhead:
     """The samples of one index that were expected, as far as they have been read.
 
+    What is expected waits in a queue; ``REQUESTS`` of it are on their way at a time, as long as no
+    more than ``MOST_HELD`` bytes are here that nobody has taken.
+
     Args:
         index: of the shards.
         cache: where ranges are kept on this host, if anywhere.
@@ -70,7 +86,11 @@ class ReadAhead:
         self._index, self._cache = index, cache
         self._in_kernel = cache is None and storage.is_local_disk(index.folder)
         self._threads: ThreadPoolExecutor | None = None
-        self._coming: dict[tuple[int, int], tuple[Future[bytes], int]] = {}
+        self._expected: dict[tuple[int, int], Run] = {}
+        self._queue: deque[Run] = deque()
+        self._lock = threading.Lock()
+        self._underway = self._held = 0
+        self._closed = False
 
     def expect(self, epoch: int, samples: Ids) -> None:
         """Begin to read ``samples``, which ``take`` will be asked for in ``epoch``."""
@@ -78,24 +98,28 @@ class ReadAhead:
             if self._in_kernel:
                 storage.read_soon(self._index.path_of(run.shard), run.start, run.length)
                 continue
-            if self._threads is None:
-                self._threads = ThreadPoolExecutor(REQUESTS, "rae-xla-read")
-            future = self._threads.submit(self.read, run.shard, run.start, run.length)
-            for sample, offset in zip(
-                run.samples.tolist(),
-                self._index.samples["offset"][run.samples].tolist(),
-                strict=True,
-            ):
-                self._coming[epoch, sample] = future, offset - run.start
+            self._queue.append(run)
+            for sample in run.samples.tolist():
+                self._expected[epoch, sample] = run
+        self._go_on()
 
     def take(self, epoch: int, sample: int, length: int) -> memoryview | None:
-        """The ``length`` bytes of an expected sample, once; None if they could not be read."""
-        future, start = self._coming.pop((epoch, sample), (None, 0))
-        if future is None:
+        """The ``length`` bytes of an expected sample, once; None if they were not read."""
+        run = self._expected.pop((epoch, sample), None)
+        if run is None:
             return None
+        with self._lock:
+            run.wanted -= 1
+            content = run.content
+            if content is not None and run.wanted == 0:
+                self._held -= run.length
+        self._go_on()
+        if content is None:
+            return None  # its turn had not come: one sample is read sooner than the run
+        offset = int(self._index.samples["offset"][sample]) - run.start
         try:
-            return memoryview(future.result())[start : start + length]
-        except OSError:
+            return memoryview(content.result())[offset : offset + length]
+        except (OSError, CancelledError):
             return None  # whoever needs it reads it again, and finds out what is wrong with it
 
     def read(self, shard: Shard, start: int, length: int) -> bytes:
@@ -121,6 +145,34 @@ class ReadAhead:
 
     def close(self) -> None:
         """Give up what has not been read yet."""
-        self._coming.clear()
+        with self._lock:
+            self._closed = True
+            self._queue.clear()
+        self._expected.clear()
         if self._threads is not None:
             self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _go_on(self) -> None:
+        """Send off what is next in the queue."""
+        with self._lock:
+            while (
+                self._queue
+                and not self._closed
+                and self._underway < REQUESTS
+                and self._held < MOST_HELD
+            ):
+                run = self._queue.popleft()
+                if run.wanted == 0:  # all of it was read one by one, out of turn
+                    continue
+                if self._threads is None:
+                    self._threads = ThreadPoolExecutor(REQUESTS, "rae-xla-read")
+                self._underway, self._held = self._underway + 1, self._held + run.length
+                run.content = self._threads.submit(self._fetch, run)
+
+    def _fetch(self, run: Run) -> bytes:
+        try:
+            return self.read(run.shard, run.start, run.length)
+        finally:
+            with self._lock:
+                self._underway -= 1
+            self._go_on()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import struct
 import zlib
@@ -30,6 +31,10 @@ DECODE_ERRORS = (
     Image.DecompressionBombError,
 )
 """What Pillow raises for bytes that are not the image they claim to be."""
+
+
+OF_THIS_MACHINE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+"""What no sample is to blame for: too many open files, no memory."""
 
 
 class SampleReader:
@@ -89,6 +94,8 @@ class SampleReader:
                 fault = f"sample {sample} is gone: the shard has disappeared or was overwritten"
                 continue
             except OSError as error:
+                if isinstance(error, PermissionError) or error.errno in OF_THIS_MACHINE:
+                    raise UserError(f"{self.index.path_of(shard)}: {error}") from error
                 fault = f"sample {sample} cannot be read: {error}"
                 break  # it was tried more than once already
             if len(content) != length:

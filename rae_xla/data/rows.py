@@ -17,7 +17,7 @@ from rae_xla.data.cache import RangeCache
 from rae_xla.data.counter import Purpose, uniform
 from rae_xla.data.faults import MOST_REPLACEMENTS, BadSample, SampleError, replacement
 from rae_xla.data.index import ShardIndex
-from rae_xla.data.order import Ahead, Ids, SampleOrder
+from rae_xla.data.order import Ids, SampleOrder, WindowName
 from rae_xla.data.reader import SampleReader
 from rae_xla.data.transforms import Pixels, Transform, flip
 from rae_xla.errors import UserError
@@ -39,8 +39,10 @@ class Made(NamedTuple):
 class Rows(Protocol):
     """Rows of steps, to be made in this process or in others: it pickles."""
 
-    def open(self, first: int, last: int) -> RowMaker:
-        """Who makes rows ``first:last`` of any step, and reads ahead of steps in a row."""
+    def open(self, first: int, last: int, look_ahead: int = LOOK_AHEAD) -> RowMaker:
+        """Who makes rows ``first:last`` of any step, and reads so many samples ahead of steps in a
+        row.
+        """
         ...
 
 
@@ -82,15 +84,15 @@ class TrainingRows:
     flip: bool
     cache: RangeCache | None = None
 
-    def open(self, first: int, last: int) -> RowMaker:
+    def open(self, first: int, last: int, look_ahead: int = LOOK_AHEAD) -> RowMaker:
         """See ``Rows``."""
-        return _TrainingMaker(self, first, last)
+        return _TrainingMaker(self, first, last, look_ahead)
 
 
 class _TrainingMaker:
-    def __init__(self, rows: TrainingRows, first: int, last: int) -> None:
+    def __init__(self, rows: TrainingRows, first: int, last: int, look_ahead: int) -> None:
         self._transform, self._flip, self._count = rows.transform, rows.flip, last - first
-        self._shares = list(_shares(rows, first, last))
+        self._shares = list(_shares(rows, first, last, look_ahead))
 
     def make(self, step: int) -> Made:
         images = _Images(self._count)
@@ -119,29 +121,39 @@ class _TrainingMaker:
         for row, (sample, (across, down, flipped)) in enumerate(
             zip(ids.tolist(), draws, strict=True)
         ):
-            pixels, ids[row] = self._load(share, epoch, sample, (across, down), bad)
+            pixels, ids[row] = self._load(share, step, epoch, sample, (across, down), bad)
             images.append(flip(pixels) if flipped else pixels)
         labels = share.part.index.samples["label"][ids].astype(np.int64)
         return ids + share.part.first_id, labels, bad
 
     def _load(
-        self, share: _Share, epoch: int, sample: int, u: tuple[float, float], bad: list[BadSample]
+        self,
+        share: _Share,
+        step: int,
+        epoch: int,
+        sample: int,
+        u: tuple[float, float],
+        bad: list[BadSample],
     ) -> tuple[Pixels, int]:
         """The pixels of a sample, or of the one that stands in for it; and which it is."""
         index, seed, wanted = share.part.index, share.part.order.seed, sample
+        in_a_row: list[BadSample] = []
         for attempt in range(MOST_REPLACEMENTS + 1):
             try:
-                return share.reader.load(epoch, wanted, self._transform, u), wanted
+                pixels = share.reader.load(epoch, wanted, self._transform, u)
             except SampleError as error:
                 instead = replacement(seed, epoch, sample, attempt, len(index))
-                shard, offset = index.shard_of(wanted), int(index.samples["offset"][wanted])
-                path = index.path_of(shard)
-                bad.append(BadSample(epoch, wanted, path, offset, error.reason, instead))
+                path = index.path_of(index.shard_of(wanted))
+                offset = int(index.samples["offset"][wanted])
+                in_a_row.append(BadSample(step, epoch, wanted, path, offset, error.reason, instead))
                 wanted = instead
+            else:
+                bad += in_a_row
+                return pixels, wanted
         raise UserError(
-            f"{index.folder}: {len(bad)} samples in a row cannot be used, so nothing can be read: "
-            f"{bad[0].reason}; {bad[1].reason}; … Mend it and start the run again: it goes on from "
-            "its last checkpoint"
+            f"{index.folder}: {len(in_a_row)} samples in a row cannot be used, so nothing can be "
+            f"read: {in_a_row[0].reason}; {in_a_row[1].reason}; … Mend it and start the run again: "
+            "it goes on from its last checkpoint"
         )
 
     def close(self) -> None:
@@ -152,12 +164,16 @@ class _TrainingMaker:
 class _Share:
     """What one worker makes of a part: its rows ``first:last`` of those the part gives."""
 
-    def __init__(self, part: Part, first: int, last: int, cache: RangeCache | None) -> None:
+    def __init__(
+        self, part: Part, first: int, last: int, look_ahead: int, cache: RangeCache | None
+    ) -> None:
         self.part, self._first, self._last = part, first, last
         self.reader = SampleReader(part.index, cache)
-        self._steps_ahead = -(-LOOK_AHEAD // (last - first))
+        self._steps_ahead = -(-look_ahead // (last - first))
         self._next_step = -1
-        self._expected: dict[Ahead, int] = {}  # windows, and the last step they are known to serve
+        self._expected: dict[
+            WindowName, int
+        ] = {}  # windows, and the last step they are known to serve
 
     def ids(self, step: int) -> Ids:
         """Its samples of a step."""
@@ -182,12 +198,12 @@ class _Share:
         self._next_step = step + 1
 
 
-def _shares(rows: TrainingRows, first: int, last: int) -> Iterator[_Share]:
+def _shares(rows: TrainingRows, first: int, last: int, look_ahead: int) -> Iterator[_Share]:
     for part in rows.parts:
         begin = max(first - part.first_row, 0)
         end = min(last - part.first_row, part.order.global_batch_size)
         if begin < end:
-            yield _Share(part, begin, end, rows.cache)
+            yield _Share(part, begin, end, look_ahead, rows.cache)
 
 
 @dataclass(frozen=True, eq=False)
@@ -202,16 +218,16 @@ class PassRows:
     transform: Transform
     cache: RangeCache | None = None
 
-    def open(self, first: int, last: int) -> RowMaker:
+    def open(self, first: int, last: int, look_ahead: int = LOOK_AHEAD) -> RowMaker:
         """See ``Rows``."""
-        return _PassMaker(self, first, last)
+        return _PassMaker(self, first, last, look_ahead)
 
 
 class _PassMaker:
-    def __init__(self, rows: PassRows, first: int, last: int) -> None:
+    def __init__(self, rows: PassRows, first: int, last: int, look_ahead: int) -> None:
         self._rows, self._first, self._last = rows, first, last
         self._reader = SampleReader(rows.index, rows.cache)
-        self._steps_ahead = -(-LOOK_AHEAD // (last - first))
+        self._steps_ahead = -(-look_ahead // (last - first))
         self._expected = 0  # the first step of which nothing is expected yet
 
     def make(self, step: int) -> Made:
@@ -238,7 +254,7 @@ class _PassMaker:
     def _samples(self, step: int) -> Ids:
         """The samples of a step, each once; none after the end."""
         wanted, ids = self._ids(step)
-        return np.unique(ids) if wanted[0] <= ids[0] or step == 0 else ids[:0]
+        return np.unique(ids) if wanted[0] <= ids[0] else ids[:0]
 
     def _ids(self, step: int) -> tuple[Ids, Ids]:
         """Which samples the rows of a step would be of an endless data set, and which they are."""

@@ -12,7 +12,7 @@ import io
 import tarfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from typing import BinaryIO, cast
 
@@ -24,7 +24,7 @@ from rae_xla.data import shard_journal, storage
 from rae_xla.data.encoding import ShardSample
 from rae_xla.data.image_source import ImageSource, hash_of
 from rae_xla.data.index import SAMPLE, Shard, ShardIndex, open_index, save_index
-from rae_xla.data.shard_journal import FinishedShard, Recipe
+from rae_xla.data.shard_journal import FinishedShard, Journal, Recipe
 from rae_xla.data.verify import Fault, verify
 from rae_xla.errors import UserError
 
@@ -63,19 +63,24 @@ def write_shards(
         samples: read once, one at a time.
         out_dir: a folder, local or ``gs://``, that does not exist or is empty.
         classes: the name of every label; if None, their numbers, up to the largest label.
-        shard_size_bytes: a shard is closed before a sample would make it larger.
+        shard_size_bytes: a shard is closed before a sample would make its file larger; only one
+            that is too large by itself makes a larger shard.
         samples_per_shard: at most so many samples to a shard.
         prefix: the shards are called ``<prefix>-000000.tar`` and so on.
 
     Raises:
-        UserError: if the folder holds something else, there is no sample, or a label is negative
-            or has no name.
+        UserError: if the folder holds something else, another process writes there, there is no
+            sample, or a label is negative or has no name.
     """
     writer = _Writer(str(out_dir), prefix, shard_size_bytes, samples_per_shard)
-    shard_journal.claim(writer.folder, prefix)
-    for _ in writer.shards(_checked(samples, classes)):
-        pass
-    return writer.finish(classes)
+    journal = shard_journal.claim(writer.folder, {"prefix": prefix})
+    try:
+        for _ in writer.shards(_checked(samples, classes), journal):
+            pass
+        return writer.finish(classes, journal)
+    except OSError:
+        _check_after_failure(journal)
+        raise
 
 
 def make_shards(
@@ -95,29 +100,35 @@ def make_shards(
     Args:
         source: what to write.
         out_dir: a folder, local or ``gs://``, that does not exist, is empty, or was begun by a
-            call with an equal source and equal options.
-        shard_size_bytes: a shard is closed before a sample would make it larger.
+            call with an equal source and equal options; all it did may be there already.
+        shard_size_bytes: a shard is closed before a sample would make its file larger; only one
+            that is too large by itself makes a larger shard.
         samples_per_shard: at most so many samples to a shard.
         prefix: the shards are called ``<prefix>-000000.tar`` and so on.
         progress: wraps the samples, to show how far they are.
 
     Raises:
         UserError: if the folder holds something else, if it was begun otherwise (the message says
-            what differs), or if an image cannot be read or a file not be written.
+            what differs), if another process writes there, or if an image cannot be read or a file
+            not be written.
     """
     writer = _Writer(str(out_dir), prefix, shard_size_bytes, samples_per_shard)
-    recipe = _recipe(source, shard_size_bytes, samples_per_shard)
-    for finished in shard_journal.claim(writer.folder, prefix, recipe):
+    recipe = _recipe(source, shard_size_bytes, samples_per_shard, prefix)
+    if shard_journal.clear_finished(writer.folder, recipe):
+        return open_index(writer.folder)
+    journal = shard_journal.claim(writer.folder, recipe)
+    for finished in journal.finished:
         writer.take_over(finished)
     done = writer.count
     try:
         # Closed, so that the workers end with an error and not when the program does.
         with closing(source.samples(done)) as samples:
             shown = samples if progress is None else progress(samples, done)
-            for shard, rows in writer.shards(_checked(shown, source.classes, done)):
-                shard_journal.record(writer.folder, shard, rows)
-        return writer.finish(source.classes)
+            for shard, rows in writer.shards(_checked(shown, source.classes, done), journal):
+                journal.record(shard, rows)
+        return writer.finish(source.classes, journal)
     except OSError as error:
+        _check_after_failure(journal)
         where = error.filename or writer.folder
         raise UserError(
             f"{where}: {error.strerror or error}: mend that and run the same command again; it "
@@ -125,7 +136,13 @@ def make_shards(
         ) from None
 
 
-def _recipe(source: ImageSource, most_bytes: int, most_samples: int | None) -> Recipe:
+def _check_after_failure(journal: Journal) -> None:
+    """Say so if a file could not be written because another process took the folder over."""
+    with suppress(OSError):
+        journal.check()
+
+
+def _recipe(source: ImageSource, most_bytes: int, most_samples: int | None, prefix: str) -> Recipe:
     return {
         "images": len(source),
         "the images, their labels or order": source.contents,
@@ -135,6 +152,7 @@ def _recipe(source: ImageSource, most_bytes: int, most_samples: int | None) -> R
         "--quality": source.encoding.quality,
         "--shard-size": most_bytes,
         "--samples-per-shard": most_samples,
+        "prefix": prefix,
         # Another version may encode other bytes.
         "version of Pillow": PIL.__version__,
     }
@@ -173,7 +191,9 @@ class _Writer:
         self.tables.append(finished.rows)
         self.count += finished.shard.samples
 
-    def shards(self, samples: Iterator[ShardSample]) -> Iterator[tuple[Shard, NDArray[np.void]]]:
+    def shards(
+        self, samples: Iterator[ShardSample], journal: Journal
+    ) -> Iterator[tuple[Shard, NDArray[np.void]]]:
         """Write shard after shard; each, with its rows of the table, when it is complete."""
         waiting = next(samples, None)
         while waiting is not None:
@@ -188,6 +208,7 @@ class _Writer:
                     while waiting is not None and self._fits(waiting, file, len(rows)):
                         rows.append(self._add(waiting, tar, file))
                         waiting = next(samples, None)
+                journal.check()  # before the shard appears, and replaces one of its name
             sha256, md5 = file.sha256.hexdigest(), file.md5.hexdigest()
             shard, table = (
                 Shard(name, len(rows), file.position, sha256, md5),
@@ -197,14 +218,15 @@ class _Writer:
             self.tables.append(table)
             yield shard, table
 
-    def finish(self, classes: Sequence[str] | None) -> ShardIndex:
+    def finish(self, classes: Sequence[str] | None, journal: Journal) -> ShardIndex:
         """Write the index, and open it."""
         if not self.written:
             raise UserError(f"{self.folder}: there is no sample to write; check the source")
         table = np.concatenate(self.tables)
         names = classes or [str(label) for label in range(int(table["label"].max()) + 1)]
+        journal.check()
         save_index(self.folder, self.written, names, table)
-        shard_journal.close(self.folder, self.written)
+        journal.close()
         return open_index(self.folder)
 
     def _fits(self, sample: ShardSample, file: _HashingFile, count: int) -> bool:
@@ -212,9 +234,12 @@ class _Writer:
             return True
         if self.most_samples is not None and count >= self.most_samples:
             return False
-        # Two headers, a label of one block, and the two empty blocks a tar ends with.
-        grown = file.position + _padded(len(sample.image)) + 5 * tarfile.BLOCKSIZE
-        return grown <= self.most_bytes
+        # Two headers, a label of one block, and the two empty blocks a tar ends with; then
+        # tarfile fills up the last of the records it is made of.
+        grown = (
+            file.position + _padded(len(sample.image), tarfile.BLOCKSIZE) + 5 * tarfile.BLOCKSIZE
+        )
+        return _padded(grown, tarfile.RECORDSIZE) <= self.most_bytes
 
     def _add(
         self, sample: ShardSample, tar: tarfile.TarFile, file: _HashingFile
@@ -234,8 +259,8 @@ def _add_member(tar: tarfile.TarFile, name: str, content: bytes) -> None:
     tar.addfile(member, io.BytesIO(content))
 
 
-def _padded(length: int) -> int:
-    return -(-length // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+def _padded(length: int, unit: int) -> int:
+    return -(-length // unit) * unit
 
 
 class _HashingFile:

@@ -161,6 +161,8 @@ def _run(
     prefetch: int,
     bad_samples: BadSamples,
 ) -> Iterator[Batch]:
+    if num_workers < 0:
+        raise UserError(f"data.num_workers is {num_workers}; it must be at least 0")
     if num_workers == 0:
         made = in_thread(rows, steps, first, last, prefetch)
     else:

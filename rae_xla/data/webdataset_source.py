@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tarfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,7 +35,8 @@ def webdataset_source(
 ) -> ImageSource:
     """Tar files, local or ``gs://``: a folder, a file, a brace pattern, or an ``index.json``.
 
-    Where our index is, it is used; else the headers are read, by ``workers`` processes.
+    Where our index is, it is used, and what is read must be what was indexed; else the headers are
+    read, by ``workers`` processes.
 
     Args:
         source: what to read.
@@ -45,21 +47,23 @@ def webdataset_source(
 
     Raises:
         UserError: if a tar is missing or damaged, or, naming tar and key, if a sample has no
-            image, no label or one that is no number, or if a key is there twice.
+            image, no label or one that is no number, or if a key is there twice; while iterating,
+            if an image is missing, unreadable, or not the one that was indexed.
     """
+    index: ShardIndex | None = None
     if _has_index(source):
         index = open_index(source)
         paths, places = [index.path_of(shard) for shard in index.shards], _indexed(index)
-        known: tuple[str, ...] | None = index.class_names
     else:
         paths = tar_files(source)
         places = _scanned(paths, workers)
-        known = None
-    names = names_for(int(places["label"].max()), class_names or known, source)
+    known = class_names or (None if index is None else index.class_names)
+    names = names_for(int(places["label"].max()), known, source)
     order = sample_order(len(places), shuffle)
     files = "\n".join(storage.split(path)[1] for path in paths)
     contents = hash_of([files.encode(), places[order].tobytes()])
-    return ImageSource(_Items(paths, places, order), _load, names, contents, encoding, workers)
+    items = _Items(paths, places, order, index)
+    return ImageSource(items, _load, names, contents, encoding, workers)
 
 
 def _has_index(source: str) -> bool:
@@ -105,42 +109,73 @@ def _scan(path: str) -> NDArray[np.void]:
     return np.array(rows, PLACE)
 
 
-def _load(encoding: Encoding, item: tuple[str, int, int, int]) -> ShardSample:
-    path, offset, size, label = item
+@dataclass(frozen=True)
+class _Item:
+    """Where an image lies and its label; what an index knows besides, if there is one."""
+
+    path: str
+    offset: int
+    size: int
+    label: int
+    crc32: int | None = None
+    generation: str | None = None
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Bytes of its tar, of the version that was listed."""
+        return storage.read_range(self.path, offset, size, self.generation)
+
+
+def _load(encoding: Encoding, item: _Item) -> ShardSample:
+    path = item.path
     try:
-        content = storage.read_range(path, offset, size)
+        content = item.read(item.offset, item.size)
     except FileNotFoundError:
-        raise UserError(f"{path}: the tar has disappeared; put it back") from None
-    if len(content) != size:
+        what = "disappeared; put it back"
+        if item.generation is not None:
+            what = "disappeared or was overwritten since it was listed; make the shards of what is "
+            what += "there now, in a new folder"
+        raise UserError(f"{path}: the tar has {what}") from None
+    if len(content) != item.size:
         raise UserError(f"{path}: the tar became shorter since its headers were read")
+    if item.crc32 is not None and zlib.crc32(content) != item.crc32:
+        raise UserError(
+            f"{path}: {_member_of(item)}: not the image that was indexed (its checksum differs); "
+            "copy the tar again, or make its index anew"
+        )
     try:
-        return encoding.of_file(content, label, path)
+        return encoding.of_file(content, item.label, path)
     except UserError as error:
         # Only now is the name worth a second read.
         text = str(error).removeprefix(f"{path}: ")
-        raise UserError(f"{path}: {_member_before(path, offset)}: {text}") from None
+        raise UserError(f"{path}: {_member_of(item)}: {text}") from None
 
 
-def _member_before(path: str, offset: int) -> str:
-    """The name in the tar header that stands before the content at ``offset``."""
-    header = storage.read_range(path, offset - tarfile.BLOCKSIZE, tarfile.BLOCKSIZE)
+def _member_of(item: _Item) -> str:
+    """The name in the tar header that stands before an image."""
+    header = item.read(item.offset - tarfile.BLOCKSIZE, tarfile.BLOCKSIZE)
     try:
         return tarfile.TarInfo.frombuf(header, "utf-8", "replace").name
     except tarfile.TarError:
-        return f"the image at byte {offset}"
+        return f"the image at byte {item.offset}"
 
 
 @dataclass(frozen=True)
 class _Items(Sequence[Any]):
-    """(tar, offset, size, label) of every sample in an order, without a million tuples."""
+    """Every sample in an order, without a million objects."""
 
     paths: Sequence[str]
     places: NDArray[np.void]
     order: Sequence[int]
+    index: ShardIndex | None
 
     def __len__(self) -> int:
         return len(self.order)
 
-    def __getitem__(self, position: Any) -> tuple[str, int, int, int]:
-        file, offset, size, label = self.places[self.order[position]].item()
-        return self.paths[file], offset, size, label
+    def __getitem__(self, position: Any) -> _Item:
+        number = self.order[position]
+        file, offset, size, label = self.places[number].item()
+        if self.index is None:
+            return _Item(self.paths[file], offset, size, label)
+        crc32 = int(self.index.samples["crc32"][number])
+        generation = self.index.generations.get(self.index.shards[file].file)
+        return _Item(self.paths[file], offset, size, label, crc32, generation)

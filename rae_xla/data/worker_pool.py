@@ -11,6 +11,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from itertools import islice
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -49,15 +50,17 @@ def ordered_map(
     context = get_context("spawn")  # a fork would take gcsfs's threads and locks along
     processes: list[SpawnProcess] = []
     idle: SimpleQueue[Connection] = SimpleQueue()
-    # A thread waits for each worker, so that the workers go on while the caller is busy.
-    with ThreadPoolExecutor(workers, "rae-xla-worker") as threads:
+    # A thread waits for each worker, so that the workers go on while the caller is busy. The pipes
+    # are closed after the threads have ended, for they read from them.
+    with ExitStack() as pipes, ThreadPoolExecutor(workers, "rae-xla-worker") as threads:
         ahead: deque[Future[Result]] = deque()
         try:
             for _ in range(workers):
                 ours, theirs = context.Pipe()
-                process = context.Process(target=_work, args=(theirs, function), daemon=True)
-                process.start()
-                theirs.close()  # else the end of the worker would not end the pipe
+                pipes.enter_context(ours)
+                with theirs:  # closed here, else the end of the worker would not end the pipe
+                    process = context.Process(target=_work, args=(theirs, function), daemon=True)
+                    process.start()
                 processes.append(process)
                 idle.put(ours)
             rest = iter(items)
@@ -73,6 +76,7 @@ def ordered_map(
                 process.terminate()
             for process in processes:
                 process.join()
+                process.close()
 
 
 def _ask(idle: SimpleQueue[Connection], item: Any) -> Any:
@@ -88,7 +92,7 @@ def _ask(idle: SimpleQueue[Connection], item: Any) -> Any:
     if kind == "user error":
         raise UserError(value)
     if kind == "os error":
-        raise OSError(*value)
+        raise value
     if kind == "bug":
         raise RuntimeError(f"in a worker process:\n{value}")
     return value
@@ -98,21 +102,29 @@ def _work(pipe: Connection, function: Callable[[Any], Any]) -> None:
     """The life of a worker: one item after another, until the pipe ends."""
     # Ctrl-C reaches the whole process group; the main process decides what becomes of it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    while True:
-        try:
-            item = pipe.recv()
-        except EOFError:
-            return  # the main process is gone
-        answer: tuple[str, Any]
-        try:
-            answer = ("done", function(item))
-        except UserError as error:
-            answer = ("user error", str(error))
-        except OSError as error:
-            answer = ("os error", (error.errno, error.strerror or str(error), error.filename))
-        except Exception:
-            answer = ("bug", traceback.format_exc())
-        try:
-            pipe.send(answer)
-        except (BrokenPipeError, ConnectionResetError):
-            return
+    with pipe:
+        while True:
+            try:
+                item = pipe.recv()
+            except (EOFError, ConnectionResetError):
+                return  # the main process is gone; the latter if it had not read the last answer
+            answer: tuple[str, Any]
+            try:
+                answer = ("done", function(item))
+            except UserError as error:
+                answer = ("user error", str(error))
+            except OSError as error:
+                answer = ("os error", _plain(error))
+            except Exception:
+                answer = ("bug", traceback.format_exc())
+            try:
+                pipe.send(answer)
+            except (BrokenPipeError, ConnectionResetError):
+                return
+
+
+def _plain(error: OSError) -> OSError:
+    """The same error, of Python's own class and with nothing in it that may not pickle."""
+    if error.errno is None:  # one text, such as ``storage`` gives for a bucket
+        return OSError(str(error))
+    return OSError(error.errno, error.strerror, error.filename)

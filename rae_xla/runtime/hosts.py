@@ -17,6 +17,15 @@ PATIENCE = timedelta(minutes=10)
 """How long hosts may start one after another."""
 
 
+def _port() -> int:
+    named = os.environ.get("MASTER_PORT")
+    if not named:
+        return PORT
+    if not named.isdigit():
+        raise UserError(f"MASTER_PORT is {named!r}; it must be the number of a port")
+    return int(named) + 1
+
+
 class Hosts:
     """Texts passed among processes, through a small server in process 0.
 
@@ -36,8 +45,7 @@ class Hosts:
     ) -> None:
         self._index, self._count = process_index, process_count
         self._address = os.environ.get("MASTER_ADDR") or address
-        named = os.environ.get("MASTER_PORT")
-        self._port = int(named) + 1 if named else PORT
+        self._port = _port()
         self._patience = patience
         self._store: TCPStore | None = None
         self._round = 0
@@ -62,11 +70,13 @@ class Hosts:
             missing = f"process {len(texts)}" if self._store is not None else "process 0"
             if self._index == 0 and self._store is None:
                 missing = f"{self._count - 1} other processes"
+            reason = str(error).strip().partition("\n")[0]
             raise UserError(
                 f"process {self._index} of {self._count}: no word from {missing} at "
-                f"{self._address}:{self._port} within {self._patience.total_seconds():.0f} s: see "
-                "that the run was started on every host, that MASTER_ADDR (if set) is process 0's, "
-                "and that the port is open between them"
+                f"{self._address}:{self._port} ({reason}; up to "
+                f"{self._patience.total_seconds():.0f} s were given): see that the run was started "
+                "on every host and nowhere twice, that MASTER_ADDR (if set) is process 0's, and "
+                "that the port is free there and open between them"
             ) from error
         return texts
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from itertools import islice
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from rae_xla.data.cache import RangeCache
 from rae_xla.data.faults import BadSamples
 from rae_xla.data.mixture import Mixture
-from rae_xla.data.stream import SampleStream, one_pass
+from rae_xla.data.reader import load_sample
+from rae_xla.data.stream import SampleStream
 from rae_xla.data.transforms import CenterCrop, make_transform
 from rae_xla.runtime import Batch, Runtime
 
@@ -71,6 +72,6 @@ def step_batches(
 
 def first_images(data: Mixture, count: int, size: int) -> Tensor:
     """The first ``count`` images of the first source, or all it has, (n, 3, size, size) uint8."""
-    index = data.sources[0]
-    passes = one_pass(index, batch_size=min(count, len(index)), transform=CenterCrop(size))
-    return next(islice(passes, 1))["image"]
+    index, crop = data.sources[0], CenterCrop(size)
+    images = [load_sample(index, i, crop, (0.5, 0.5)) for i in range(min(count, len(index)))]
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()

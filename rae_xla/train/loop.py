@@ -64,6 +64,7 @@ def train(
     batch = check_mesh(config, runtime.mesh.size).global_batch_size
     bad = BadSamples(
         folder / bad_samples_file(runtime.process_index),
+        start=checkpoint_step(found[-1]) if found else 0,
         max_fraction=config.data.max_bad_samples,
         per_epoch=len(data) // runtime.process_count,
     )
@@ -82,7 +83,8 @@ def train(
     feed = checked_rows(runtime, map(runtime.put, host_batches), batch)
     speaks = runtime.process_index == 0
     with Tracker(folder, config, start=state.step, total=plan.total, speaks=speaks) as tracker:
-        bad.say = tracker.say if speaks else bad.say
+        if speaks:
+            bad.say = tracker.say
         tracker.say(
             f"{stage_name} on {runtime.description}: {plan.total} steps of {batch} images, "
             f"{plan.per_epoch} to an epoch, from step {state.step}"

@@ -7,8 +7,9 @@ import json
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import PIL
 import torch
 from torch import Tensor
 
@@ -21,8 +22,16 @@ from rae_xla.runtime import Batch, Runtime
 if TYPE_CHECKING:
     from rae_xla.config import RunConfig
 
-_OF_A_HOST = ("data.train", "data.val", "data.cache_dir", "data.cache_gb", "runtime.compile_cache")
-"""Settings that may differ from host to host: where things lie there."""
+_OF_A_HOST = (
+    "data.train",
+    "data.val",
+    "data.cache_dir",
+    "data.cache_gb",
+    "data.num_workers",
+    "data.prefetch",
+    "runtime.compile_cache",
+)
+"""Settings that may differ from host to host: where things lie there, and what it can do."""
 
 
 def check_hosts(
@@ -42,15 +51,20 @@ def check_hosts(
     """
     samples = stream.global_ids(step)[stream.first : stream.last]
     facts = {
-        "code": f"rae_xla {rae_xla.__version__} {_code_hash()}, torch {torch.__version__}",
+        "code": (
+            f"rae_xla {rae_xla.__version__} {_code_hash()}, torch {torch.__version__}, "
+            f"Pillow {PIL.__version__}"
+        ),
         "configuration": _digest(_shared_settings(config)),
-        "shards": _digest([data.fingerprint, [dict(s.generations) for s in data.sources]]),
+        "shards": _digest(data.fingerprint),
         "first step": str(step),
     }
+    # Only of those that read the same bucket: others may have a copy.
+    facts |= {f"objects of {s.folder}": _digest(s.generations) for s in data.sources}
     own = {"host": socket.gethostname(), "facts": facts, "samples": samples}
     hosts = [json.loads(text) for text in runtime.exchange(json.dumps(own))]
     for name in facts:
-        _check_equal(name, [(host["host"], host["facts"][name]) for host in hosts])
+        _check_equal(name, hosts)
     everything = [sample for host in hosts for sample in host["samples"]]
     if everything != stream.global_ids(step):
         raise UserError(
@@ -66,11 +80,12 @@ def checked_rows(runtime: Runtime, batches: Iterator[Batch], global_batch: int) 
     Raises:
         UserError: rows are missing, or there twice.
     """
-    for first in batches:
-        _check_rows(runtime, first["row"], global_batch)
-        yield first
-        break
-    yield from batches
+    checked = False
+    for batch in batches:
+        if not checked:
+            _check_rows(runtime, batch["row"], global_batch)
+            checked = True
+        yield batch
 
 
 def _check_rows(runtime: Runtime, rows: Tensor, global_batch: int) -> None:
@@ -83,12 +98,13 @@ def _check_rows(runtime: Runtime, rows: Tensor, global_batch: int) -> None:
         )
 
 
-def _check_equal(name: str, values: list[tuple[str, str]]) -> None:
-    """Raise unless every host says the same; most of them are taken to be right."""
-    said = [value for _, value in values]
+def _check_equal(name: str, hosts: list[dict[str, Any]]) -> None:
+    """Raise unless all that say something say the same; most of them are taken to be right."""
+    facts = {i: host["facts"][name] for i, host in enumerate(hosts) if name in host["facts"]}
+    said = list(facts.values())
     usual = max(said, key=said.count)
-    if others := [i for i, value in enumerate(said) if value != usual]:
-        named = ", ".join(f"{values[i][0]} (process {i}: {said[i]})" for i in others[:4])
+    if others := [i for i, value in facts.items() if value != usual]:
+        named = ", ".join(f"{hosts[i]['host']} (process {i}: {facts[i]})" for i in others[:4])
         more = f" and {len(others) - 4} more" if len(others) > 4 else ""
         raise UserError(
             f"the hosts do not run the same: {name} of {named}{more} differs from the "

@@ -109,6 +109,23 @@ def test_a_storm_that_passes_leaves_no_trace(index, gcs):
         assert torch.equal(ours["image"], theirs["image"])
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_run_that_ends_waits_for_no_bucket(index, gcs, monkeypatch, workers):
+    monkeypatch.delenv("RAE_XLA_GCS_TIMEOUT")  # 20 seconds
+    stream = SampleStream(
+        index, seed=5, global_batch_size=BATCH, transform=CenterCrop(8), num_workers=workers
+    )
+    batches = stream.batches()
+    next(batches)
+    gcs.inject("GET /download", kind="stall")
+    for _ in range(2):
+        next(batches)
+    time.sleep(0.5)
+    begin = time.monotonic()
+    batches.close()
+    assert time.monotonic() - begin < 5
+
+
 def test_a_bucket_that_gives_nothing_ends_the_run(index, gcs):
     gcs.inject("GET /download", kind="503")
     with pytest.raises(UserError, match=r"cannot be read: .*503"):

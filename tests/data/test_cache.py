@@ -1,3 +1,4 @@
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from rae_xla.data import storage
-from rae_xla.data.cache import PIECE, RangeCache
+from rae_xla.data.cache import OWN_FOLDER, PIECE, RangeCache
 from rae_xla.data.index import Shard
 from rae_xla.data.stream import SampleStream
 from rae_xla.data.transforms import CenterCrop
@@ -172,6 +173,61 @@ def test_a_damaged_piece_is_read_again_from_the_shard(make_shards, cache, tmp_pa
         piece.write_bytes(bytes(piece.stat().st_size))
     for ours, theirs in zip(batches(), clean, strict=True):
         assert torch.equal(ours["image"], theirs["image"])
+
+
+def test_what_else_lies_in_the_folder_is_left_alone(tmp_path, shard):
+    other = tmp_path / "ssd" / "thesis" / "chapter1.tex"
+    other.parent.mkdir(parents=True)
+    other.write_text("the only copy")
+    cache = RangeCache(str(tmp_path / "ssd"), 100 * PIECE)
+    cache.prepare()
+    cache.read(shard, str(tmp_path / "shard.tar"), 0, SIZE, None)
+    cache.prepare()
+    assert other.read_text() == "the only copy"
+    assert cache.size() > SIZE
+
+
+def test_books_that_a_crash_of_the_machine_damaged_are_begun_anew(tmp_path, shard, cache):
+    path = tmp_path / "shard.tar"
+    cache.read(shard, str(path), 0, SIZE, None)
+    [books] = (tmp_path / "cache").rglob("cache.db")
+    for leftover in books.parent.glob("cache.db-*"):
+        leftover.unlink()
+    content = bytearray(books.read_bytes())
+    content[:4000] = b"\xff" * 4000
+    books.write_bytes(content)
+    again = RangeCache(cache.folder, cache.limit)
+    again.prepare()
+    assert again.read(shard, str(path), 5, 3 * PIECE, None) == path.read_bytes()[5:][: 3 * PIECE]
+    assert again.size() > 3 * PIECE
+
+
+def test_a_lock_that_another_process_keeps_is_not_waited_for(tmp_path, shard, cache):
+    import sqlite3
+
+    [books] = (tmp_path / "cache").rglob("cache.db")
+    path = tmp_path / "shard.tar"
+    with contextlib.closing(sqlite3.connect(books)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        begin = time.monotonic()
+        assert cache.read(shard, str(path), 5, 100, None) == path.read_bytes()[5:105]
+        assert time.monotonic() - begin < 10
+
+
+def test_nothing_is_unpickled(tmp_path, shard, cache, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    import diskcache
+
+    with diskcache.Cache(str(tmp_path / "cache" / OWN_FOLDER)) as other:
+        other.set(f"{shard.sha256}/0", Trap())
+    path = tmp_path / "shard.tar"
+    assert cache.read(shard, str(path), 5, 100, None) == path.read_bytes()[5:105]
+    assert not (tmp_path / "sprung").exists()
+
+
+class Trap:
+    def __reduce__(self):
+        return os.mkdir, ("sprung",)
 
 
 def test_a_folder_that_cannot_be_used(tmp_path):

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import os
+import resource
 from itertools import count, islice
 
 import numpy as np
@@ -21,9 +22,9 @@ from rae_xla.errors import UserError
 BATCH, STEPS = 16, 12
 
 
-def stream(index, file=None, limit=1.0, workers=0, **options):
+def stream(index, file=None, limit=1.0, workers=0, first_step=0, **options):
     said = []
-    bad = BadSamples(file, max_fraction=limit, say=said.append)
+    bad = BadSamples(file, start=first_step, max_fraction=limit, say=said.append)
     made = SampleStream(
         index, seed=5, global_batch_size=BATCH, transform=CenterCrop(8), num_workers=workers,
         bad_samples=bad, **options,
@@ -162,11 +163,38 @@ def test_the_limit_is_a_share_of_what_was_read_or_of_an_epoch_while_that_is_more
 ):
     from rae_xla.data.faults import BadSample
 
-    one = BadSample(0, 3, "shard.tar", 512, "shard.tar: sample 3 is gone", 9)
+    one = BadSample(0, 0, 3, "shard.tar", 512, "shard.tar: sample 3 is gone", 9)
     bad = BadSamples(max_fraction=0.001, per_epoch=per_epoch, say=lambda line: None)
     bad.take(read, [one] * allowed)
     with pytest.raises(UserError, match=rf"^{allowed + 1} bad samples among {read} read"):
         bad.take(0, [one])
+
+
+def test_a_run_that_goes_on_lists_nothing_twice(index, tmp_path):
+    garble(index, 95)
+    file = tmp_path / "bad_samples.jsonl"
+    take(stream(index, file)[0])
+    whole = file.read_text()
+    steps = [json.loads(line)["step"] for line in whole.splitlines()]
+    assert len(steps) > 1
+    file.write_text(whole + '{"step": 1')  # killed while it wrote
+    resumed, *_ = stream(index, file, first_step=steps[-1])
+    assert len(file.read_text().splitlines()) == steps.index(steps[-1])
+    take(resumed, start=steps[-1], steps=STEPS - steps[-1])
+    assert file.read_text() == whole
+
+
+def test_what_no_sample_is_to_blame_for_is_an_error(index):
+    """Here: too many open files."""
+    made, bad, _ = stream(index)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"shard-00000\d\.tar: .*Too many open files"):
+            take(made)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert bad.count == 0
 
 
 def test_where_nothing_can_be_read_the_run_ends_at_once(index):

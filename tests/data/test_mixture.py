@@ -111,7 +111,7 @@ def test_bad_input(two, tmp_path):
     with pytest.raises(UserError, match="3 numbers for 2 folders"):
         open_training_data(folders, (1, 1, 1))
     with pytest.raises(UserError, match=f"names {folders[0]} twice"):
-        open_training_data([folders[0]] * 2)
+        open_training_data([folders[0], os.path.join(folders[0], "index.json")])
     with pytest.raises(UserError, match=f"{folders[1]} has no row in a batch of 16"):
         Mixture(two.sources, (1000, 1)).rows(16)
     with pytest.raises(UserError, match="no such folder"):

@@ -92,6 +92,28 @@ def test_a_small_set_is_mixed_as_well_as_by_chance():
     assert spread == pytest.approx(1, abs=0.1)
 
 
+@pytest.mark.parametrize(
+    ("batch", "streams"),
+    [
+        (1, 1),
+        (6, 6),
+        (64, 64),
+        (77, 77),
+        (179, 179),
+        (250, 50),
+        (1000, 50),
+        (1021, 1021),
+        (1024, 64),
+    ],
+)
+def test_any_batch_is_cut_into_about_64_streams_with_as_many_samples_at_hand(batch, streams):
+    order = SampleOrder(200_000, batch, seed=0, block=80)
+    assert order.streams == streams
+    assert order.streams * order.window <= 64 * 320
+    blocks = order.rows(3, 0, batch) // 80
+    assert len(np.unique(blocks)) > 0.8 * min(batch, 64)
+
+
 def test_blocks_are_mixed_within_and_across_batches():
     """A batch of a large set holds samples of many blocks, not a few blocks whole."""
     order = SampleOrder(200_000, 1024, seed=0, block=80)

@@ -23,7 +23,7 @@ class CountingRows:
     def __init__(self, broken_step: int = -1, error: type[Exception] = UserError) -> None:
         self.broken_step, self.error = broken_step, error
 
-    def open(self, first: int, last: int) -> "CountingMaker":
+    def open(self, first: int, last: int, look_ahead: int = 0) -> "CountingMaker":
         return CountingMaker(self, first, last)
 
     def __call__(self, step: int, first: int, last: int) -> dict[str, np.ndarray]:
@@ -74,6 +74,18 @@ def test_every_step_once_in_order(kind, steps):
 
 
 ROWS = CountingRows()
+
+
+class ModestRows(CountingRows):
+    """Reading ahead is left to the workers: the main process only looks at one row."""
+
+    def open(self, first: int, last: int, look_ahead: int = 512) -> CountingMaker:
+        assert (look_ahead == 0) == (multiprocessing.parent_process() is None)
+        return super().open(first, last)
+
+
+def test_the_main_process_does_not_read_ahead():
+    assert len(list(_made("processes", ModestRows(), iter(range(3))))) == 3
 
 
 def test_the_batch_in_use_is_not_written_over():

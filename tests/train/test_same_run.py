@@ -85,6 +85,8 @@ def test_the_host_that_differs_is_named_with_what_differs(data, tmp_path, monkey
         odd = words(Mixture((other,), (1.0,)), 2)
     elif what == "generation":
         pinned = replace(data.sources[0], generations={"shard-000000.tar": "17"})
+        other = replace(pinned, folder="gs://elsewhere")  # a copy has generations of its own
+        check(data, [*said[:2], words(Mixture((other,), (1.0,)), 2), said[3]])
         odd = words(Mixture((pinned,), (1.0,)), 2)
     elif what == "configuration":
         odd = words(data, 2, load_config(overrides=["training.log_every=7"]))
@@ -94,7 +96,7 @@ def test_the_host_that_differs_is_named_with_what_differs(data, tmp_path, monkey
     else:
         odd = words(data, 2, step=40)
     said[2] = renamed(odd, "tpu-w2")
-    name = "shards" if what == "generation" else what
+    name = "objects of .*" if what == "generation" else what
     with pytest.raises(
         UserError, match=rf"do not run the same: {name} of tpu-w2 \(process 2: .*3 o"
     ):
@@ -145,7 +147,11 @@ def test_real_processes_stop_together(data, override):
 
 def test_where_data_lies_may_differ(data):
     said = [words(data, number) for number in range(HOSTS)]
-    said[1] = words(data, 1, load_config(overrides=["data.train=gs://a/b", "data.cache_dir=/ssd"]))
+    said[1] = words(
+        data,
+        1,
+        load_config(overrides=["data.train=gs://a/b", "data.cache_dir=/ssd", "data.num_workers=9"]),
+    )
     check(data, said)
 
 
