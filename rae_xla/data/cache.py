@@ -43,6 +43,8 @@ class RangeCache:
     """
 
     def __init__(self, folder: str, limit: int) -> None:
+        if storage.is_remote(folder):
+            raise UserError(f"data.cache_dir is {folder}; it must be a folder on a local disk")
         if limit < PIECE:
             raise UserError(f"data.cache_gb: {limit} bytes are too few; give some GB")
         self.folder, self.limit = folder, limit

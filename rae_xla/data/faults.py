@@ -20,16 +20,21 @@ from rae_xla.errors import UserError
 MOST_REPLACEMENTS = 8
 """So many replacements in a row are bad only where nothing can be read at all."""
 
+MOST_UNREACHABLE = 3
+"""So many samples in a row that a bucket does not give, each asked for a minute: it is gone."""
+
 SHOWN = 8
 """Bad samples that an error lists; the file has them all."""
 
 
 class SampleError(UserError):
-    """A sample that cannot be used: ``reason`` names its shard and says why."""
+    """A sample that cannot be used: ``reason`` names its shard and says why; ``unreachable`` is one
+    that nobody has seen, and that may be all right.
+    """
 
-    def __init__(self, reason: str, remedy: str) -> None:
+    def __init__(self, reason: str, remedy: str, *, unreachable: bool = False) -> None:
         super().__init__(f"{reason}; {remedy}")
-        self.reason = reason
+        self.reason, self.unreachable = reason, unreachable
 
 
 @dataclass(frozen=True)
@@ -126,9 +131,10 @@ class BadSamples:
     def _stop(self) -> None:
         more = f"; and {self.count - len(self._first)} more" if self.count > SHOWN else ""
         where = f" (all of them: {self._file})" if self._file is not None else ""
+        plural = "s" if self.count > 1 else ""
         raise UserError(
-            f"{self.count} bad samples among {self._read} read, more than data.max_bad_samples = "
-            f"{self._max_fraction:g} allows: "
+            f"{self.count} bad sample{plural} among {self._read} read, more than "
+            f"data.max_bad_samples = {self._max_fraction:g} allows: "
             + "; ".join(sample.reason for sample in self._first)
             + f"{more}{where}. Mend the shards (`rae-xla shards verify` finds every fault) and "
             "start the run again, or raise data.max_bad_samples"

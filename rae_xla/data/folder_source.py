@@ -43,6 +43,9 @@ def folder_source(
             "every image into the folder of its class"
         )
     folders = [entry.name for entry in entries if entry.is_dir()]
+    for name in folders:
+        if any("\ud800" <= letter <= "\udfff" for letter in name):  # bytes that are no UTF-8
+            raise UserError(f"{folder}: the class folder {name!a} has no name in UTF-8: rename it")
     if not folders:
         raise UserError(f"{folder}: no images: there must be a sub-folder of images per class")
     classes = tuple(folders) if class_names is None else class_names
@@ -84,9 +87,12 @@ def _is_image(name: str) -> bool:
 
 def _images_under(folder: str) -> list[str]:
     """The images in a folder and those below it, sorted by path."""
-    return sorted(
-        os.path.join(parent, name)
-        for parent, _, names in os.walk(folder, followlinks=True)
-        for name in names
-        if _is_image(name)
-    )
+    found: list[str] = []
+    for parent, below, names in os.walk(folder, followlinks=True):
+        found += (os.path.join(parent, name) for name in names if _is_image(name))
+        real = os.path.realpath(parent)
+        for name in below:
+            # A link to a folder above would be followed in circles.
+            if (real + os.sep).startswith(os.path.realpath(os.path.join(parent, name)) + os.sep):
+                raise UserError(f"{os.path.join(parent, name)}: a link in a circle; remove it")
+    return sorted(found)

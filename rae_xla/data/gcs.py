@@ -18,6 +18,7 @@ import contextlib
 import errno
 import functools
 import io
+import logging
 import math
 import os
 import random
@@ -162,11 +163,26 @@ async def _retried(attempt: Callable[[], Awaitable[Any]], timeout: float) -> Any
                 raise
             passed = time.monotonic() - begin
             # Random, so that hosts which failed together do not come back together.
+            if passed > timeout / 4:
+                _tell(error, passed)
             wait = random.uniform(0.5, 1) * min(timeout / 20 * 2 ** (tries - 1), timeout / 2)
             if tries >= 3 and passed + wait > 2 * timeout:
                 told = str(error) or type(error).__name__
                 raise OSError(f"{told} (tried {tries} times in {passed:.0f} s)") from error
             await asyncio.sleep(wait)
+
+
+_told = 0.0
+
+
+def _tell(error: Exception, passed: float) -> None:
+    """Say that something is being waited for; not for each of many requests."""
+    global _told
+    if time.monotonic() > _told + 30:
+        _told = time.monotonic()
+        logging.getLogger(__name__).warning(
+            "gs://: no success for %.0f s (%s); trying again", passed, error or type(error).__name__
+        )
 
 
 async def _sending(send: Callable[..., Awaitable[Any]], data: Any, timeout: float) -> Any:
@@ -293,6 +309,15 @@ class _ObjectReader(io.RawIOBase):
         self._end += len(content)
 
 
+@contextlib.contextmanager
+def _bucket_must_exist(bucket: str) -> Iterator[None]:
+    """What can be missing when something is written is the bucket alone."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise OSError(f"there is no bucket {bucket!r}; make it, or correct its name") from None
+
+
 class _ObjectWriter(io.RawIOBase):
     """Writes a bucket's object, which is there, whole, after ``finish`` and not before.
 
@@ -303,8 +328,8 @@ class _ObjectWriter(io.RawIOBase):
     def __init__(self, path: str) -> None:
         self._path = path
         self._files, inside = file_system(path)
-        bucket, self._name, _ = self._files.split_path(inside)
-        self._url = f"{self._files._location}/upload/storage/v1/b/{bucket}/o"
+        self._bucket, self._name, _ = self._files.split_path(inside)
+        self._url = f"{self._files._location}/upload/storage/v1/b/{self._bucket}/o"
         self._session: str | None = None
         self._sent = 0
         self._waiting = bytearray()
@@ -359,5 +384,5 @@ class _ObjectWriter(io.RawIOBase):
         self._sent += kept
 
     def _call(self, method: str, url: str, **options: Any) -> tuple[Any, bytes]:
-        with naming(self._path):
+        with naming(self._path), _bucket_must_exist(self._bucket):
             return cast("tuple[Any, bytes]", self._files.call(method, url, **options))

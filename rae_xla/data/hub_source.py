@@ -115,15 +115,14 @@ def _folders(source: str) -> tuple[str, ...]:
 
     Of a repository: the library's copy of it, and where its archives are unpacked.
     """
+    folders = [os.path.dirname(source) if source.endswith(".parquet") else source]
     if source.startswith(HUB_PREFIX):
         import datasets
         from huggingface_hub import constants
 
         name = source.removeprefix(HUB_PREFIX).replace("/", "--")
         copy = os.path.join(constants.HF_HUB_CACHE, f"datasets--{name}")
-        folders = (copy, str(datasets.config.EXTRACTED_DATASETS_PATH))
-    else:
-        folders = (os.path.dirname(source) if source.endswith(".parquet") else source,)
+        folders = [copy, str(datasets.config.EXTRACTED_DATASETS_PATH)]
     return tuple(os.path.realpath(folder) for folder in folders)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import operator
 import zlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -238,16 +239,19 @@ def read_index(path: str) -> ShardIndex:
         shards = tuple(Shard(**shard) for shard in manifest["shards"])
         class_names = tuple(str(name) for name in manifest["classes"])
         samples = _read_table(storage.join(folder, manifest["table"]["file"]), manifest)
+        promised = sum(operator.index(shard.samples) for shard in shards)
+        sizes = [operator.index(shard.bytes) for shard in shards]
+        counted = operator.index(manifest["samples"])
     except UserError:
         raise
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{file}: not a readable index ({type(error).__name__}: {error}); make the shards again"
         ) from None
-    if not len(samples) or len(samples) != sum(shard.samples for shard in shards):
+    if not len(samples) or not len(samples) == promised == counted or min(sizes) < 0:
         raise UserError(
-            f"{file}: the shards hold {sum(shard.samples for shard in shards)} samples by the "
-            f"index, its table lists {len(samples)}; make the shards again"
+            f"{file}: the shards hold {promised} samples by the index, {counted} in all, its table "
+            f"lists {len(samples)}; make the shards again"
         )
     labels = samples["label"]
     bad = np.flatnonzero((labels < 0) | (labels >= len(class_names)))

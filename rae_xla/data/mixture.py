@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from rae_xla.data import storage
 from rae_xla.data.counter import Purpose, counter_hash
 from rae_xla.data.index import ShardIndex, open_index
 from rae_xla.data.order import SampleOrder, block_size
@@ -114,14 +115,14 @@ def open_training_data(
         weights = [1.0] * len(folders)
     if len(weights) != len(folders):
         raise UserError(
-            f"data.weights has {len(weights)} numbers for {len(folders)} folders in data.train: "
-            "give one for each"
+            f"data.weights has {len(weights)} numbers, data.train has {len(folders)} folders: give "
+            "one for each"
         )
     for folder, weight in zip(folders, weights, strict=True):
         if not 0 < weight < math.inf:
             raise UserError(f"data.weights: that of {folder} is {weight}; it must be above 0")
     sources = tuple(open_index(folder) for folder in folders)
-    opened = [source.folder.rstrip("/") for source in sources]
+    opened = [storage.real_path(source.folder) for source in sources]
     if twice := [folder for folder in opened if opened.count(folder) > 1]:
         raise UserError(f"data.train names {twice[0]} twice: give it once, and more weight")
     return Mixture(sources, tuple(weights))

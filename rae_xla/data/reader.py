@@ -85,7 +85,7 @@ class SampleReader:
         if early is not None and len(early) == length and zlib.crc32(early) == crc32:
             return early
         shard, offset = self.index.shard_of(sample), int(row["offset"])
-        fault = ""
+        fault, unreachable = "", False
         # What is wrong in a cache is read once more from the shard.
         for read in (self._ahead.read, self._ahead.read_anew):
             try:
@@ -96,7 +96,7 @@ class SampleReader:
             except OSError as error:
                 if isinstance(error, PermissionError) or error.errno in OF_THIS_MACHINE:
                     raise UserError(f"{self.index.path_of(shard)}: {error}") from error
-                fault = f"sample {sample} cannot be read: {error}"
+                fault, unreachable = f"sample {sample} cannot be read: {error}", True
                 break  # it was tried more than once already
             if len(content) != length:
                 fault = (
@@ -111,7 +111,9 @@ class SampleReader:
             else:
                 return content
         raise SampleError(
-            f"{self.index.path_of(shard)}: {fault}", "copy the shard again and start again"
+            f"{self.index.path_of(shard)}: {fault}",
+            "copy the shard again and start again",
+            unreachable=unreachable,
         )
 
     def close(self) -> None:

@@ -6,6 +6,7 @@ a fraction of a second and weigh a tenth.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -15,7 +16,13 @@ from numpy.typing import NDArray
 
 from rae_xla.data.cache import RangeCache
 from rae_xla.data.counter import Purpose, uniform
-from rae_xla.data.faults import MOST_REPLACEMENTS, BadSample, SampleError, replacement
+from rae_xla.data.faults import (
+    MOST_REPLACEMENTS,
+    MOST_UNREACHABLE,
+    BadSample,
+    SampleError,
+    replacement,
+)
 from rae_xla.data.index import ShardIndex
 from rae_xla.data.order import Ids, SampleOrder, WindowName
 from rae_xla.data.reader import SampleReader
@@ -138,6 +145,7 @@ class _TrainingMaker:
         """The pixels of a sample, or of the one that stands in for it; and which it is."""
         index, seed, wanted = share.part.index, share.part.order.seed, sample
         in_a_row: list[BadSample] = []
+        unreachable = 0
         for attempt in range(MOST_REPLACEMENTS + 1):
             try:
                 pixels = share.reader.load(epoch, wanted, self._transform, u)
@@ -147,8 +155,11 @@ class _TrainingMaker:
                 offset = int(index.samples["offset"][wanted])
                 in_a_row.append(BadSample(step, epoch, wanted, path, offset, error.reason, instead))
                 wanted = instead
+                unreachable += error.unreachable
+                if unreachable == MOST_UNREACHABLE:
+                    break
             else:
-                bad += in_a_row
+                bad += [dataclasses.replace(sample, replaced_by=wanted) for sample in in_a_row]
                 return pixels, wanted
         raise UserError(
             f"{index.folder}: {len(in_a_row)} samples in a row cannot be used, so nothing can be "

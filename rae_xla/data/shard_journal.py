@@ -1,8 +1,8 @@
 """What an interrupted attempt at making shards has finished, so that the next one goes on there.
 
-``.writing`` marks a folder of shards that is being written. It names the process that does and holds
-the recipe: what the shards are made of and how. Beside it lies a small file for every finished
-shard, with its rows of the table. All of them go when the index is there.
+``.writing`` marks a folder of shards that is being written. It names the process that does, and
+holds the recipe: what the shards are made of and how. Beside it lies a small file for every
+finished shard, with its rows of the table. All of them go when the index is there.
 
 Whether an attempt on another machine is still going on cannot be known, so the newer one takes the
 folder over by a random word of its own in ``.writing``, and the older one, which looks there before
@@ -105,13 +105,21 @@ def check_target(folder: str) -> dict[str, storage.FileInfo]:
     if INDEX_FILE in present:
         raise UserError(_already(folder))
     # An attempt that was killed at its very first file leaves no more than half of that.
-    others = [n for n in present if not n.startswith(WRITING_FILE + storage.TEMPORARY_MARK)]
+    half = WRITING_FILE + storage.TEMPORARY_MARK
+    others = [n for n in [*present, *_folders_in(folder)] if not n.startswith(half)]
     if others:
         raise UserError(
             f"{folder}: the folder is not empty ({min(others)} lies in it); shards need one "
             "of their own"
         )
     return present
+
+
+def _folders_in(folder: str) -> list[str]:
+    if storage.is_remote(folder) or not os.path.isdir(folder):
+        return []
+    with os.scandir(folder) as entries:
+        return [entry.name for entry in entries if entry.is_dir()]
 
 
 def clear_finished(folder: str, recipe: Recipe) -> bool:

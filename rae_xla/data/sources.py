@@ -50,7 +50,17 @@ def open_source(
     Raises:
         UserError: if there is nothing usable at ``path``.
     """
-    if path.startswith(HUB_PREFIX) or _holds_parquet(path):
+    from_columns = path.startswith(HUB_PREFIX) or _holds_parquet(path)
+    if not from_columns and (image_column or label_column):
+        raise UserError(
+            f"{path}: --image-column and --label-column are for data sets of the hub and parquet "
+            "files; leave them out"
+        )
+    if labels is not None and not path.endswith(".npy"):
+        raise UserError(f"{path}: --labels belongs to an .npy file of images; leave it out")
+    if path.endswith(".npy") and labels is None:
+        raise UserError(f"{path}: give the labels of the images as --labels FILE.npy")
+    if from_columns:
         return hub_source(
             path,
             split=split,

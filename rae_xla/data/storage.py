@@ -64,6 +64,11 @@ def join(folder: str, name: str) -> str:
     return f"{folder.rstrip('/')}/{name}" if is_remote(folder) else os.path.join(folder, name)
 
 
+def real_path(path: str) -> str:
+    """One name for everything that leads to the same place."""
+    return path.rstrip("/") if is_remote(path) else os.path.realpath(path)
+
+
 def split(path: str) -> tuple[str, str]:
     """The folder of ``path`` and the name in it."""
     if not is_remote(path):

@@ -23,10 +23,19 @@ Transform = Callable[[Image.Image, Sequence[float]], Pixels]
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Three channels of eight bits: grey is repeated, CMYK converted, transparency dropped."""
+    """Three channels of eight bits: grey is repeated, CMYK converted, transparency dropped.
+
+    Raises:
+        ValueError: the pixels are no integers of up to 16 bits.
+    """
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers, whose range nobody knows")
     if image.mode.startswith("I"):
         # Pillow would clip 16-bit greys at 255 instead of scaling them.
-        grey = np.clip(np.asarray(image).astype(np.int64) >> 8, 0, 255)
+        values = np.asarray(image).astype(np.int64)
+        if (values > 0xFFFF).any():
+            raise ValueError("its pixels have more than 16 bits")
+        grey = np.clip(values >> 8, 0, 255)
         image = Image.fromarray(grey.astype(np.uint8))
     return image.convert("RGB")
 

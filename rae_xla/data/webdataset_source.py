@@ -6,7 +6,7 @@ import tarfile
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -109,8 +109,7 @@ def _scan(path: str) -> NDArray[np.void]:
     return np.array(rows, PLACE)
 
 
-@dataclass(frozen=True)
-class _Item:
+class _Item(NamedTuple):
     """Where an image lies and its label; what an index knows besides, if there is one."""
 
     path: str
@@ -166,7 +165,7 @@ class _Items(Sequence[Any]):
     paths: Sequence[str]
     places: NDArray[np.void]
     order: Sequence[int]
-    index: ShardIndex | None
+    indexed: ShardIndex | None
 
     def __len__(self) -> int:
         return len(self.order)
@@ -174,8 +173,8 @@ class _Items(Sequence[Any]):
     def __getitem__(self, position: Any) -> _Item:
         number = self.order[position]
         file, offset, size, label = self.places[number].item()
-        if self.index is None:
+        if self.indexed is None:
             return _Item(self.paths[file], offset, size, label)
-        crc32 = int(self.index.samples["crc32"][number])
-        generation = self.index.generations.get(self.index.shards[file].file)
+        crc32 = int(self.indexed.samples["crc32"][number])
+        generation = self.indexed.generations.get(self.indexed.shards[file].file)
         return _Item(self.paths[file], offset, size, label, crc32, generation)

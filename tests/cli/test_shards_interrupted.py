@@ -164,3 +164,71 @@ def test_a_disk_that_is_full(images, tmp_path, uninterrupted):
     again = subprocess.run(_command(images, out, 2), check=True, capture_output=True, timeout=120)
     assert b"going on" not in again.stderr
     assert _contents(out) == uninterrupted
+
+
+def test_workers_end_in_silence_when_the_main_process_is_killed(images, tmp_path):
+    """Stopped first, so that it dies with answers of its workers that it has not read.
+
+    They must fit into a pipe, so the images are small.
+    """
+    with open(tmp_path / "stderr", "w+") as stderr:
+        out = tmp_path / "out"
+        command = [*_command(images, out, 2), "--image-size", "100"]
+        process = subprocess.Popen(command, stderr=stderr, start_new_session=True, text=True)
+        _wait(lambda: len(_on_record(out)) >= 1, "a finished shard")
+        workers = _children(process.pid)
+        assert len(workers) == 2
+        process.send_signal(signal.SIGSTOP)
+        _wait(lambda: _are_idle(workers), "workers with nothing to do")
+        process.kill()
+        process.wait()
+        _wait(lambda: _group_is_gone(process.pid), "the end of the workers")
+        stderr.seek(0)
+        printed = stderr.read().splitlines()
+    assert [line for line in printed if line and not line.startswith("writing shards")] == []
+
+
+def _are_idle(processes: list[int]) -> bool:
+    """Whether they use no processor for longer than an image takes."""
+
+    def used() -> list[list[str]]:
+        stats = [Path(f"/proc/{process}/stat").read_text() for process in processes]
+        return [stat.rpartition(")")[2].split()[11:13] for stat in stats]
+
+    before = used()
+    time.sleep(0.5)
+    return used() == before
+
+
+def test_a_second_command_into_the_same_folder(images, tmp_path, uninterrupted):
+    out = tmp_path / "out"
+    process = _start(images, out, 2)
+    _wait(lambda: len(_on_record(out)) >= 1, "a finished shard")
+    second = subprocess.run(_command(images, out, 2), capture_output=True, text=True, timeout=60)
+    assert process.poll() is None, "it ended too early"
+    assert second.returncode == 2
+    [message] = [line for line in second.stderr.splitlines() if line]
+    assert f"{out}: shards are being written here by process {process.pid}" in message
+    assert process.wait(timeout=60) == 0
+    assert _contents(out) == uninterrupted
+    process.stderr.close()
+
+
+def test_killed_between_the_index_and_the_end(images, tmp_path, uninterrupted):
+    out = tmp_path / "out"
+    code = (
+        "import os, signal, sys; from rae_xla.cli.main import main; "
+        "from rae_xla.data import shard_journal; "
+        "shard_journal.Journal.close = lambda self: os.kill(os.getpid(), signal.SIGKILL); "
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    command = _command(images, out, 1)
+    words = [sys.executable, "-c", code, *command[3:]]
+    killed = subprocess.run(words, capture_output=True, timeout=60)
+    assert killed.returncode == -signal.SIGKILL
+    assert (out / "index.json").exists()
+    assert (out / ".writing").exists()
+    again = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert again.returncode == 0, again.stderr
+    assert f"{out}: 80 images of 2 classes" in again.stdout
+    assert _contents(out) == uninterrupted

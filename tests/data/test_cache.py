@@ -236,6 +236,8 @@ def test_a_folder_that_cannot_be_used(tmp_path):
         RangeCache(str(tmp_path / "file" / "cache"), PIECE).prepare()
     with pytest.raises(UserError, match=r"data\.cache_gb: 100 bytes are too few"):
         RangeCache(str(tmp_path), 100)
+    with pytest.raises(UserError, match=r"data\.cache_dir is gs://b/c; it must be a folder on a l"):
+        RangeCache("gs://b/c", PIECE)
 
 
 def test_a_full_disk_is_done_without(tmp_path, shard):

@@ -1,10 +1,18 @@
 """Classes of an image folder, numbered by a list instead of by name."""
 
+import os
+from pathlib import Path
+
 import pytest
 
 from rae_xla.data.shards import make_shards
 from rae_xla.data.sources import folder_source, open_source
 from rae_xla.errors import UserError
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    """What another file in its place would not have; reading changes neither."""
+    return path.stat().st_ino, path.stat().st_mtime_ns
 
 
 def test_labels_from_a_list_of_classes(tmp_path, image_folder):
@@ -58,3 +66,34 @@ def test_an_image_that_is_mended_costs_no_finished_shard(tmp_path, image_folder)
     assert sorted(p.name for p in out.iterdir()) == sorted(
         p.name for p in (tmp_path / "whole").iterdir()
     )
+
+
+def test_a_link_to_a_folder_above_is_refused(image_folder):
+    (image_folder / "dog" / "loop").symlink_to(image_folder)
+    with pytest.raises(UserError, match=r"dog/loop: a link in a circle"):
+        folder_source(str(image_folder))
+
+
+def test_a_link_to_images_elsewhere_is_followed(image_folder, tmp_path):
+    (tmp_path / "more").mkdir()
+    (image_folder / "dog" / "a.JPEG").rename(tmp_path / "more" / "a.JPEG")
+    before = len(folder_source(str(image_folder)))
+    (image_folder / "dog" / "more").symlink_to(tmp_path / "more")
+    assert len(folder_source(str(image_folder))) == before + 1
+
+
+def test_a_class_folder_whose_name_is_no_text(image_folder):
+    os.mkdir(os.fsencode(image_folder) + b"/\xff\xfe")
+    with pytest.raises(UserError, match="has no name in UTF-8: rename it") as caught:
+        folder_source(str(image_folder))
+    str(caught.value).encode()
+
+
+@pytest.mark.parametrize("inside", ["", "dog/out", "."])
+def test_shards_do_not_go_into_a_folder_with_others(image_folder, inside):
+    out = image_folder / inside if inside else image_folder
+    if inside == "dog/out":
+        (out / "below").mkdir(parents=True)
+    (image_folder / "README.md").unlink()
+    with pytest.raises(UserError, match="the folder is not empty"):
+        make_shards(folder_source(str(image_folder), shuffle=False), str(out))

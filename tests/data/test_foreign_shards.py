@@ -1,5 +1,7 @@
 """An index over WebDataset tars that others made."""
 
+import gc
+import io
 import os
 import tarfile
 
@@ -11,6 +13,7 @@ from rae_xla.data.foreign_shards import index_shards
 from rae_xla.data.index import open_index, read_index
 from rae_xla.data.reader import load_sample, read_image
 from rae_xla.data.stream import one_pass
+from rae_xla.data.tar_samples import HashingReader, read_samples, scan_samples
 from rae_xla.data.transforms import CenterCrop
 from rae_xla.data.verify import verify
 from rae_xla.errors import UserError
@@ -191,3 +194,26 @@ def test_tars_behind_a_url(tmp_path):
     assert read_index(f"file://{tmp_path}/remote").folder == remote.folder
     assert read_image(open_index(f"file://{tmp_path}/remote"), 5) == jpeg(5)
     assert verify(f"file://{tmp_path}/remote") == []
+
+
+@pytest.mark.parametrize("mode", ["read", "scan", "scan without seeking"])
+def test_a_tar_of_many_members_takes_no_memory_for_them(tmp_path, mode):
+    path = tmp_path / "x.tar"
+    write_tar(path, [(f"{n:05d}.{e}", b"7") for n in range(3000) for e in ("jpg", "cls")])
+    content = path.read_bytes()
+    file = io.BytesIO(content)
+    if mode == "scan without seeking":
+        file.seekable = lambda: False
+    samples = read_samples(HashingReader(file)) if mode == "read" else scan_samples(file)
+    gc.collect()
+    before = _headers()
+    seen = []
+    for number, sample in enumerate(samples):
+        seen.append((sample.key, sample.label, content[sample.offset : sample.offset + 1]))
+        if number % 1000 == 999:
+            assert _headers() - before < 10
+    assert seen == [(f"{n:05d}", b"7", b"7") for n in range(3000)]
+
+
+def _headers() -> int:
+    return sum(type(thing) is tarfile.TarInfo for thing in gc.get_objects())

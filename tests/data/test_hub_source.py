@@ -232,3 +232,74 @@ def test_rows_that_name_files(tmp_path):
     (tmp_path / "a.jpg").unlink()
     with pytest.raises(UserError, match=r"row 0 names the file .*a\.jpg, which is not there"):
         list(source)
+
+
+def _write_names(path, *names: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = [{"bytes": None, "path": name} for name in names]
+    pq.write_table(pa.table({"image": image, "label": [0] * len(names)}), path)
+
+
+NAMED = {"image_column": "image", "label_column": "label"}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_rows_that_name_files_elsewhere(tmp_path, workers):
+    """What others wrote into a data set must not fetch files of the user's, or from the net."""
+    (tmp_path / "private.jpg").write_bytes(jpeg(7))
+    inside = tmp_path / "set"
+    inside.mkdir()
+    (inside / "link.jpg").symlink_to(tmp_path / "private.jpg")
+    (inside / "secret.jpg").write_bytes(jpeg(8))
+    (tmp_path / "settle").mkdir()
+    (tmp_path / "settle" / "x.jpg").write_bytes(jpeg(9))
+    for name in (
+        str(tmp_path / "private.jpg"),
+        "../private.jpg",
+        "link.jpg",
+        "../settle/x.jpg",  # begins as the folder does
+        f"file://{inside}/secret.jpg",
+        "http://127.0.0.1:9/x.jpg",
+        "gs://bucket/x.jpg",
+        "zip://x.jpg::/x.zip",
+    ):
+        _write_names(inside / "x.parquet", name)
+        with pytest.raises(UserError, match="row 0 names the file") as caught:
+            list(_open(inside / "x.parquet", workers=workers, **NAMED))
+        assert f"{name}, which does not lie in {inside}: only files of" in str(caught.value)
+    _write_names(tmp_path / "alone" / "x.parquet", "../private.jpg")
+    with pytest.raises(UserError, match=r"private\.jpg, which does not lie in .*alone: only files"):
+        list(_open(tmp_path / "alone", workers=workers, **NAMED))
+
+
+def test_rows_that_name_files_of_the_data_set(tmp_path, monkeypatch):
+    (tmp_path / "set" / "images").mkdir(parents=True)
+    (tmp_path / "set" / "images" / "a.jpg").write_bytes(jpeg(7))
+    whole = str(tmp_path / "set" / "images" / "a.jpg")
+    _write_names(tmp_path / "set" / "x.parquet", "images/a.jpg", "./images/../images/a.jpg", whole)
+    monkeypatch.chdir("/")  # a name is meant from the data set's folder, wherever that is
+    assert _numbers(_open(tmp_path / "set" / "x.parquet", **NAMED)) == [7, 7, 7]
+
+
+def test_files_of_a_repository_lie_in_the_library_s_cache(tmp_path, monkeypatch):
+    """As the library keeps them: links into the same folder's ``blobs``."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    for owner in ("me", "you"):
+        copy = tmp_path / "hub" / f"datasets--{owner}--cats"
+        (copy / "snapshots" / "1a").mkdir(parents=True)
+        (copy / "blobs").mkdir()
+        (copy / "blobs" / "77").write_bytes(jpeg(7))
+        (copy / "snapshots" / "1a" / "a.jpg").symlink_to("../../blobs/77")
+    load = datasets.load_dataset
+
+    def of_the_hub(name: str, split: str):
+        assert name == "me/cats"
+        return load("parquet", data_files={split: str(tmp_path / "x.parquet")}, split=split)
+
+    monkeypatch.setattr(datasets, "load_dataset", of_the_hub)
+    name = f"{tmp_path}/hub/datasets--{{}}--cats/snapshots/1a/a.jpg"
+    _write_names(tmp_path / "x.parquet", name.format("me"), name.format("you"))
+    samples = iter(_open("hf:me/cats", **NAMED))
+    assert _numbers([next(samples)]) == [7]
+    with pytest.raises(UserError, match=r"row 1 names .*you.*does not lie in .*datasets--me--cats"):
+        next(samples)

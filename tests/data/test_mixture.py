@@ -108,7 +108,7 @@ def test_bad_input(two, tmp_path):
         open_training_data(folders, (1, 0))
     with pytest.raises(UserError, match="names no shards"):
         open_training_data([])
-    with pytest.raises(UserError, match="3 numbers for 2 folders"):
+    with pytest.raises(UserError, match=r"3 numbers, data\.train has 2 folders"):
         open_training_data(folders, (1, 1, 1))
     with pytest.raises(UserError, match=f"names {folders[0]} twice"):
         open_training_data([folders[0], os.path.join(folders[0], "index.json")])

@@ -1,14 +1,18 @@
 """Making shards, interrupted: it goes on, and the result is the same byte by byte."""
 
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from numbered import numbered_arrays
 
-from rae_xla.data import storage
+from rae_xla.data import shard_journal, storage
 from rae_xla.data.encoding import Encoding
 from rae_xla.data.foreign_shards import index_shards
+from rae_xla.data.shard_journal import Journal
 from rae_xla.data.shards import ShardSample, make_shards, verify, write_shards
 from rae_xla.data.sources import array_source, open_source
 from rae_xla.errors import UserError
@@ -100,6 +104,7 @@ def test_another_recipe_is_refused_and_what_differs_is_named(tmp_path):
         ({"source": _source(encoding=Encoding(quality=9))}, r"--quality \(None then, 9 now\)"),
         ({"samples_per_shard": 11}, r"--samples-per-shard \(10 then, 11 now\)"),
         ({"shard_size_bytes": 10**6}, r"--shard-size \(256000000 then, 1000000 now\)"),
+        ({"prefix": "other"}, r"prefix \(shard then, other now\)"),
     ]:
         with pytest.raises(UserError, match=f"left 2 finished shards.*otherwise: {message}"):
             _make(out, **options)
@@ -117,6 +122,25 @@ def test_nothing_finished_is_nothing_to_lose(tmp_path):
     index, seen = _make(tmp_path / "out", _source(12))
     assert (len(index), seen) == (12, [0])
     assert verify(index.folder) == []
+
+
+def test_another_prefix_leaves_no_orphans(tmp_path):
+    out = tmp_path / "out"
+    _make(out, stop=25, prefix="old")
+    (out / "old-000000.tar").unlink()  # so nothing counts as finished
+    index, seen = _make(out, prefix="new")
+    assert seen == [0]
+    assert sorted(p.name for p in out.glob("*.tar")) == [s.file for s in index.shards]
+    assert not list(out.glob(".*"))
+    with pytest.raises(KeyboardInterrupt):
+        write_shards(_interrupted(), str(tmp_path / "b"), samples_per_shard=1, prefix="old")
+    write_shards(_source(3), str(tmp_path / "b"), prefix="new")
+    assert [p.name for p in (tmp_path / "b").glob("*.tar")] == ["new-000000.tar"]
+
+
+def _interrupted():
+    yield from _source(3)
+    raise KeyboardInterrupt
 
 
 def test_workers_may_differ_between_the_attempts(tmp_path):
@@ -153,8 +177,164 @@ def test_files_of_a_killed_attempt_are_cleared(tmp_path):
     (out / "shard-000002.tar").write_bytes(b"finished, but not on record")
     (out / ".writing-shard-000001.tmp-00ff").write_bytes(b"half")
     (out / "samples.npy").write_bytes(b"half")
+    for name in ("samples.npy", "index.json", ".writing"):
+        (out / f"{name}.tmp-00ff").write_bytes(b"half")
     _make(out)
     assert _contents(out) == _contents(tmp_path / "whole")
+
+
+def test_killed_at_its_very_first_file(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / ".writing.tmp-00ff").write_bytes(b"half")
+    _make(out)
+    assert not list(out.glob(".*"))
+    assert verify(str(out)) == []
+
+
+def test_killed_between_the_index_and_the_end(tmp_path, monkeypatch):
+    def killed(self):
+        raise KeyboardInterrupt
+
+    _make(tmp_path / "whole")
+    out = tmp_path / "out"
+    monkeypatch.setattr(Journal, "close", killed)
+    with pytest.raises(KeyboardInterrupt):
+        _make(out)
+    monkeypatch.undo()
+    (out / ".writing-shard-000001").unlink()  # or a little later
+    (out / ".writing.tmp-00ff").write_bytes(b"half")
+    before = _contents(out)
+    assert {"index.json", ".writing", ".writing-shard-000000"} <= set(before)
+    for other in (lambda: _make(out, _source(46)), lambda: write_shards(_source(), str(out))):
+        with pytest.raises(UserError, match="there are finished shards already"):
+            other()
+    assert _contents(out) == before
+    index, seen = _make(out)
+    assert (len(index), seen) == (45, [])
+    assert _contents(out) == _contents(tmp_path / "whole")
+    with pytest.raises(UserError, match="there are finished shards already"):
+        _make(out)
+
+
+@pytest.fixture(params=["local", "bucket"])
+def shared_folder(request, tmp_path) -> str:
+    """A folder that several hosts may write to."""
+    if request.param == "local":
+        return str(tmp_path / "out")
+    return f"{request.getfixturevalue('bucket')}/out"
+
+
+def _names(folder: str) -> list[str]:
+    return sorted(storage.list_files(folder))
+
+
+def _bytes(folder: str) -> dict[str, bytes]:
+    return {name: storage.read_bytes(storage.join(folder, name)) for name in _names(folder)}
+
+
+def _change_owner(folder: str, **changes) -> None:
+    path = storage.join(folder, ".writing")
+    mark = json.loads(storage.read_bytes(path))
+    mark["owner"] |= changes
+    storage.write_bytes(path, json.dumps(mark).encode())
+
+
+def _overtaken(folder: str, at: int, newer, error: bool = False, **options) -> str:
+    """Make shards, and have ``newer`` called at one sample; gives what the older attempt says.
+
+    The newer one runs in this process, so that the older one is not known to be alive.
+    """
+
+    def progress(samples, done):
+        for number, sample in enumerate(samples, done):
+            if number == at:
+                newer()
+                after.append(_bytes(folder))
+                if error:
+                    raise FileNotFoundError(2, "No such file or directory", "x.tmp-1234")
+            yield sample
+
+    after: list[dict[str, bytes]] = []
+    with pytest.raises(UserError) as caught:
+        make_shards(_source(), folder, samples_per_shard=10, progress=progress, **options)
+    assert _bytes(folder) == after[0], "it wrote something after it was overtaken"
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("error", [False, True])
+@pytest.mark.parametrize("at", [5, 25, 33])
+def test_the_older_of_two_attempts_ends_and_the_newer_one_goes_on(
+    tmp_path, shared_folder, at, error
+):
+    message = _overtaken(shared_folder, at, lambda: _make(shared_folder, stop=38), error)
+    name = os.uname().nodename
+    assert f"another process is writing here ({name}, process {os.getpid()})" in message
+    assert message.count("\n") == 0
+    _, seen = _make(shared_folder)
+    assert seen == [30]
+    _make(tmp_path / "whole")
+    assert _bytes(shared_folder) == _bytes(str(tmp_path / "whole"))
+
+
+def test_the_newer_of_two_attempts_ends_first(tmp_path, shared_folder):
+    message = _overtaken(shared_folder, 25, lambda: _make(shared_folder))
+    assert "another process has finished the shards here" in message
+    _make(tmp_path / "whole")
+    assert _bytes(shared_folder) == _bytes(str(tmp_path / "whole"))
+
+
+def test_the_older_attempt_spoils_nothing_of_another_recipe(shared_folder):
+    """Nothing was finished when the newer one came, so that it may make other shards."""
+    message = _overtaken(
+        shared_folder, 5, lambda: _make(shared_folder, _source(38), stop=35), prefix="shard"
+    )
+    assert "another process is writing here" in message
+    index, seen = _make(shared_folder, _source(38))
+    assert seen == [30]
+    assert verify(index.folder) == []
+
+
+def test_write_shards_ends_too_when_it_is_overtaken(shared_folder):
+    def samples():
+        for number, sample in enumerate(_source()):
+            if number == 15:
+                _make(shared_folder, stop=15)
+            yield sample
+
+    with pytest.raises(UserError, match="another process is writing here"):
+        write_shards(samples(), shared_folder, samples_per_shard=10)
+
+
+def test_a_process_that_is_alive_is_not_disturbed(shared_folder):
+    _make(shared_folder, stop=25)
+    other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        started = shard_journal._started(other.pid)
+        _change_owner(shared_folder, pid=other.pid, started=started)
+        before = _bytes(shared_folder)
+        for attempt in (
+            lambda: _make(shared_folder),
+            lambda: write_shards(_source(), shared_folder),
+            lambda: shard_journal.check_target(shared_folder),
+        ):
+            with pytest.raises(UserError, match=f"are being written here by process {other.pid}:"):
+                attempt()
+        assert _bytes(shared_folder) == before
+        # Of another host nobody knows, and a number may have been given to another process.
+        for change in ({"host": "elsewhere"}, {"started": "before"}):
+            _change_owner(shared_folder, **change)
+            shard_journal.check_target(shared_folder)
+            _change_owner(shared_folder, host=os.uname().nodename, started=started)
+        other.kill()
+        while Path(f"/proc/{other.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+            pass
+        shard_journal.check_target(shared_folder)  # killed, though its parent has not noticed
+    finally:
+        other.kill()
+        other.communicate()
+    _, seen = _make(shared_folder)
+    assert seen == [20]
 
 
 def test_a_write_that_fails_is_one_error(tmp_path):

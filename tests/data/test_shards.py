@@ -82,12 +82,17 @@ def test_webdataset_reads_the_shards(make_shards):
 def test_shards_are_cut_by_count_and_by_size(tmp_path, make_shards):
     assert [shard.samples for shard in make_shards(100, per_shard=30).shards] == [30, 30, 30, 10]
     samples = [ShardSample(b"x" * 3000, "png", 0) for _ in range(20)]
-    index = write_shards(samples, str(tmp_path / "out"), shard_size_bytes=25_000)
-    assert len(index.shards) > 2
-    for shard in index.shards:
-        with tarfile.open(index.path_of(shard)) as tar:
-            end = max(member.offset_data + member.size for member in tar)
-        assert end + 1024 <= 25_000
+    for limit in (25_000, 3 * tarfile.RECORDSIZE, 3 * tarfile.RECORDSIZE - 1):
+        out = tmp_path / str(limit)
+        index = write_shards(samples, str(out), shard_size_bytes=limit)
+        whole = limit // tarfile.RECORDSIZE * tarfile.RECORDSIZE
+        for shard in index.shards:
+            assert (out / shard.file).stat().st_size == shard.bytes <= limit
+        for shard in index.shards[:-1]:
+            with tarfile.open(index.path_of(shard)) as tar:
+                end = max(member.offset_data + member.size for member in tar)
+            # A header and 3,000 bytes, a header and a label more, and the end: no room for them.
+            assert end + 512 + 3072 + 1024 + 1024 > whole
     large = [ShardSample(b"x" * 30_000, "png", 0)] * 2
     alone = write_shards(large, str(tmp_path / "large"), shard_size_bytes=100)
     assert [shard.samples for shard in alone.shards] == [1, 1]
@@ -204,9 +209,15 @@ class TestArrays:
         (tmp_path / "a.npz").write_bytes(b"PK\x03\x04 cut off")
         (tmp_path / "b.npy").write_bytes(b"")
         np.save(tmp_path / "c.npy", np.zeros((3, 4, 4), np.uint8))
-        for name in ("a.npz", "b.npy", "c.npy"):
+        for name, labels in (("a.npz", None), ("b.npy", str(tmp_path / "c.npy"))):
             with pytest.raises(UserError, match=rf"{name}: cannot be read as arrays"):
-                open_source(str(tmp_path / name))
+                open_source(str(tmp_path / name), labels=labels)
+        with pytest.raises(UserError, match=r"c\.npy: give the labels of the images as --labels"):
+            open_source(str(tmp_path / "c.npy"))
+        with pytest.raises(UserError, match="--labels belongs to an .npy file of images"):
+            open_source(str(tmp_path / "a.npz"), labels=str(tmp_path / "c.npy"))
+        with pytest.raises(UserError, match="--image-column and --label-column are for"):
+            open_source(str(tmp_path / "a.npz"), image_column="image")
         with pytest.raises(UserError, match="nowhere: no such file or folder"):
             open_source(str(tmp_path / "nowhere"))
 

@@ -74,6 +74,19 @@ def test_tars_in_a_bucket_as_a_source(tmp_path, bucket, tars):
         open_source(f"{bucket}/nowhere")
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_tar_that_is_written_anew_while_it_is_read(bucket, tars, workers):
+    """Equal bytes to the CRC-32, but not the object that was listed."""
+    index_shards(f"{bucket}/tars")
+    source = open_source(f"{bucket}/tars", shuffle=False, workers=workers)
+    assert len(list(source)) == 21
+    name = f"{bucket}/tars/imagenet1k-train-0001.tar"
+    storage.write_bytes(name, storage.read_bytes(name))
+    with pytest.raises(UserError, match=r"0001\.tar: the tar has disappeared or was overwritten"):
+        list(source)
+    assert len(list(open_source(f"{bucket}/tars", workers=workers))) == 21
+
+
 def test_an_index_over_tars_in_a_bucket(tmp_path, bucket, tars):
     index = index_shards(tars, f"{bucket}/index", workers=2)
     assert index.folder == f"{bucket}/tars"

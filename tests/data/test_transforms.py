@@ -66,6 +66,13 @@ def test_every_mode_becomes_rgb(mode):
     assert rgb.min() >= 254  # white stays white (YCbCr rounds)
 
 
+def test_pixels_that_mean_nothing_definite_are_refused():
+    with pytest.raises(ValueError, match="floating-point"):
+        to_rgb(Image.fromarray(np.full((4, 4), 0.5, np.float32)))
+    with pytest.raises(ValueError, match="more than 16 bits"):
+        to_rgb(Image.fromarray(np.full((4, 4), 1 << 20, np.int32)))
+
+
 def test_sixteen_bit_greys_are_scaled_not_clipped():
     ramp = Image.fromarray(np.array([[0, 256, 0x7FFF, 0xFFFF]], np.uint16))
     assert np.asarray(to_rgb(ramp))[0, :, 0].tolist() == [0, 1, 127, 255]

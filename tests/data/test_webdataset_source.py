@@ -117,6 +117,24 @@ def test_damaged_and_missing_tars(tmp_path):
         _open(f"file://{tmp_path}/x")
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_bytes_other_than_those_that_were_indexed(tmp_path, workers):
+    """An image that was changed and still decodes must not get a checksum of its own."""
+    write_imagenet(tmp_path / "x")
+    index = index_shards(str(tmp_path / "x"))
+    other = jpeg(15, 24, 20).replace(b"JFIF", b"JFIX")
+    assert len(other) == index.samples["size"][15]
+    path = tmp_path / "x" / "imagenet1k-train-0002.tar"
+    with open(path, "r+b") as file:
+        file.seek(index.samples["offset"][15])
+        file.write(other)
+    for source in (tmp_path / "x", tmp_path / "x" / "index.json"):
+        with pytest.raises(UserError, match=r"0002\.tar: n0+_15\.jpg: not the image that"):
+            make_shards(_open(source, workers=workers), str(tmp_path / "out"))
+    unindexed = _samples(_open(path))  # without an index nobody knows
+    assert unindexed[1] == (other, "jpg", 15 % 3)
+
+
 def test_braces(tmp_path):
     assert expand_braces("a.tar") == ["a.tar"]
     assert expand_braces("{8..11}") == ["8", "9", "10", "11"]

@@ -1,8 +1,10 @@
 """Processes that fail, die, or outlive what they work for."""
 
+import gc
 import os
 import signal
 import time
+from multiprocessing.connection import Connection
 
 import pytest
 
@@ -20,6 +22,8 @@ def _troubled(item: str) -> str:
         raise UserError("x.png: not a readable image")
     if item == "disk":
         raise OSError(28, "No space left on device", "/somewhere")
+    if item == "bucket":
+        raise PermissionError("gs://x/y: 401. Set up credentials")
     if item == "bug":
         raise KeyError("surprise")
     if item == "killed":
@@ -54,7 +58,8 @@ def test_items_and_results_larger_than_a_pipe():
     ("item", "kind", "message"),
     [
         ("user", UserError, r"^x\.png: not a readable image$"),
-        ("disk", OSError, "No space left on device: '/somewhere'"),
+        ("disk", OSError, r"^\[Errno 28\] No space left on device: '/somewhere'$"),
+        ("bucket", OSError, r"^gs://x/y: 401\. Set up credentials$"),
         ("bug", (KeyError, RuntimeError), "surprise"),
     ],
 )
@@ -70,6 +75,17 @@ def test_a_worker_that_dies_is_one_error():
     assert [next(results), next(results)] == ["a", "b"]
     with pytest.raises(UserError, match="a worker process died"):
         list(results)
+
+
+@pytest.mark.parametrize("stop_after", [3, 50])
+def test_the_pipes_are_closed(stop_after):
+    results = ordered_map(_square, range(50), 2)
+    some = [next(results) for _ in range(stop_after)]
+    assert len(some) == stop_after
+    pipes = [thing for thing in gc.get_objects() if type(thing) is Connection and not thing.closed]
+    assert len(pipes) == 2
+    results.close()
+    assert all(pipe.closed for pipe in pipes)
 
 
 def test_whoever_stops_early_leaves_nothing_running():
