@@ -214,7 +214,7 @@ class TestArrays:
                 open_source(str(tmp_path / name), labels=labels)
         with pytest.raises(UserError, match=r"c\.npy: give the labels of the images as --labels"):
             open_source(str(tmp_path / "c.npy"))
-        with pytest.raises(UserError, match="--labels belongs to an .npy file of images"):
+        with pytest.raises(UserError, match=r"--labels belongs to an \.npy file of images"):
             open_source(str(tmp_path / "a.npz"), labels=str(tmp_path / "c.npy"))
         with pytest.raises(UserError, match="--image-column and --label-column are for"):
             open_source(str(tmp_path / "a.npz"), image_column="image")
