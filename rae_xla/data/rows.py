@@ -182,9 +182,8 @@ class _Share:
         self.reader = SampleReader(part.index, cache)
         self._steps_ahead = -(-look_ahead // (last - first))
         self._next_step = -1
-        self._expected: dict[
-            WindowName, int
-        ] = {}  # windows, and the last step they are known to serve
+        # Windows, and the last step that each is known to serve.
+        self._expected: dict[WindowName, int] = {}
 
     def ids(self, step: int) -> Ids:
         """Its samples of a step."""

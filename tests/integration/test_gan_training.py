@@ -146,6 +146,7 @@ def test_the_last_checkpoint_before_the_skips_is_named(world, finished):
     assert all(t.abs().max() < 1e3 for t in content["model"].values() if t.is_floating_point())
 
 
+@pytest.mark.slow  # minutes where the CPU has no bf16
 def test_bf16_stays_near_fp32(finished, world):
     done = train(world, "bf16", "runtime.precision=bf16")
     assert done.returncode == 0, done.stderr
