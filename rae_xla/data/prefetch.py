@@ -37,21 +37,21 @@ def in_thread(
 ) -> Generator[Made, None, None]:
     """Rows ``first:last`` of every step, made in one thread beside the caller's."""
     maker = rows.open(first, last)
-    with closing(maker), ThreadPoolExecutor(1, "rae-xla-data") as thread:
+    thread = ThreadPoolExecutor(1, "rae-xla-data")
 
-        def submit(count: int) -> Iterator[Future[Made]]:
-            return (thread.submit(maker.make, step) for step in islice(steps, count))
+    def submit(count: int) -> Iterator[Future[Made]]:
+        return (thread.submit(maker.make, step) for step in islice(steps, count))
 
-        pending = deque(submit(max(1, ahead)))
-        try:
-            while pending:
-                batch = pending.popleft().result()
-                pending.extend(submit(1))
-                yield batch
-        finally:
-            for future in pending:
-                future.cancel()
-            maker.close()  # at once: the thread may be waiting for a bucket
+    pending = deque(submit(max(1, ahead)))
+    try:
+        while pending:
+            batch = pending.popleft().result()
+            pending.extend(submit(1))
+            yield batch
+    finally:
+        maker.close()
+        # Without waiting: the thread may be waiting for a bucket itself.
+        thread.shutdown(wait=False, cancel_futures=True)
 
 
 def in_processes(

@@ -127,7 +127,10 @@ class ReadAhead:
 
         Raises:
             OSError: it cannot be read.
+            CancelledError: it was closed.
         """
+        if self._closed:
+            raise CancelledError
         path, generation = self._index.path_of(shard), self._index.generations.get(shard.file)
         if self._cache is None:
             return storage.read_range(path, start, length, generation)

@@ -243,7 +243,7 @@ def _write_names(path, *names: str) -> None:
 NAMED = {"image_column": "image", "label_column": "label"}
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_rows_that_name_files_elsewhere(tmp_path, workers):
     """What others wrote into a data set must not fetch files of the user's, or from the net."""
     (tmp_path / "private.jpg").write_bytes(jpeg(7))

@@ -59,7 +59,7 @@ def test_too_many_bad_samples_end_the_run_with_the_list(world):
     done = train(world, "run")
     assert done.returncode == 2
     error = done.stderr.strip().splitlines()[-1]
-    assert re.match(r"rae-xla: error: 1 bad samples among \d+ read, .*sample 5 was changed", error)
+    assert re.match(r"rae-xla: error: 1 bad sample among \d+ read, .*sample 5 was changed", error)
     assert "bad_samples.jsonl" in error
 
 
