@@ -121,7 +121,7 @@ def test_a_run_that_ends_waits_for_no_bucket(index, gcs, monkeypatch, workers):
     time.sleep(0.5)
     begin = time.monotonic()
     batches.close()
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < 10  # of the 20 that a request is given
 
 
 def test_a_bucket_that_gives_nothing_ends_the_run(index, gcs, caplog, monkeypatch):
@@ -130,7 +130,7 @@ def test_a_bucket_that_gives_nothing_ends_the_run(index, gcs, caplog, monkeypatc
     begin = time.monotonic()
     with pytest.raises(UserError, match=r"^gs://.*: 3 samples in a row .*cannot be read: .*503"):
         take(index)
-    assert time.monotonic() - begin < 10  # three times as long as one read is tried
+    assert time.monotonic() - begin < 30  # three times as long as one read is tried: 1 s each
     assert any("trying again" in record.getMessage() for record in caplog.records)
 
 
