@@ -78,7 +78,6 @@ def test_a_recipe_trains_exports_and_measures(tmp_path):
 @pytest.mark.slow
 def test_the_ablations_on_digits_end_with_a_table_and_a_plot(tmp_path):
     pytest.importorskip("sklearn")
-    pytest.importorskip("matplotlib")
     arguments = ["--digits", "--out", tmp_path, "training.steps=12", "training.log_every=3"]
     done = run("ablations.sh", *arguments)
     assert done.returncode == 0, done.stderr

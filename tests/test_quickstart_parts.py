@@ -17,7 +17,6 @@ from PIL import Image
 SCRIPTS = Path(__file__).parents[1] / "scripts" / "quickstart"
 
 pytest.importorskip("sklearn")
-pytest.importorskip("matplotlib")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -4,6 +4,7 @@ import tarfile
 
 import numpy as np
 import pytest
+import webdataset as wds
 from numbered import numbered_arrays
 from PIL import Image
 
@@ -68,7 +69,6 @@ def test_the_fingerprint_sees_a_changed_label(tmp_path):
 
 
 def test_webdataset_reads_the_shards(make_shards):
-    wds = pytest.importorskip("webdataset")
     index = make_shards(70)
     urls = [index.path_of(shard) for shard in index.shards]
     read = list(wds.WebDataset(urls, shardshuffle=False).decode("pil"))
