@@ -57,7 +57,7 @@ SCALES = {
 BACKENDS = {
     "torch": ["runtime.backend=torch"],
     "xla, 1 device": ["runtime.backend=xla", "runtime.devices=1"],
-    "xla, 4 devices": ["runtime.backend=xla", "runtime.devices=4", "mesh.fsdp=4"],
+    "xla, 4 devices": ["runtime.backend=xla", "runtime.devices=4", "mesh.ici.fsdp=4"],
 }
 
 

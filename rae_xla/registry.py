@@ -70,7 +70,8 @@ def _check_keywords(cls: type, spec: ModelSpec) -> None:
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
-    """Load the weights in a file (.pt, .pth, .safetensors) into ``model``, strictly.
+    """Load the weights in a file (.pt, .pth, .safetensors) or a training checkpoint into
+    ``model``, strictly.
 
     Raises:
         UserError: the file is missing, unreadable, or its keys or shapes are another model's.
@@ -85,14 +86,15 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """The weights in a file, on the CPU: ``ema`` of a training checkpoint, or a state dict.
+    """The weights in a file or checkpoint, on the CPU: ``ema`` of a training checkpoint, or a
+    state dict.
 
     Raises:
-        UserError: there is no such file, or it holds no weights that can be used.
+        UserError: there is nothing there, or it holds no weights that can be used.
     """
     import torch
 
-    content = _read(Path(path).expanduser())
+    content = _read(path)
     if isinstance(content, Mapping) and "ema" in content:
         content = content["ema"]
     elif isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
@@ -109,14 +111,13 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     return dict(content)
 
 
-def _read(path: Path) -> Any:
-    from rae_xla.models.weights import read_weight_file
+def _read(given: str | Path) -> Any:
+    from rae_xla.interop.checkpoint_tensors import open_weights
 
-    if path.is_dir():
-        raise UserError(f"checkpoint {path} is a folder; name one .pt or .safetensors file")
-    if not path.exists():
+    path = Path(given).expanduser()
+    if "://" not in str(given) and not path.exists():
         raise UserError(f"there is no checkpoint {path}{_near(path)}")
-    return read_weight_file(path, "checkpoint")
+    return open_weights(given)
 
 
 def _near(path: Path) -> str:

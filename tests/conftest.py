@@ -1,5 +1,23 @@
-"""Shared by every test: one thread, so that numbers and timings do not depend on the machine."""
+"""Shared by every test: one thread, so that numbers and timings do not depend on the machine; and a
+storage server.
+"""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
 import torch
+from gcs_emulator import GcsEmulator
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def gcs() -> Iterator[GcsEmulator]:
+    """A storage server of this worker's own, which ``gs://`` means while it runs."""
+    with GcsEmulator() as emulator, pytest.MonkeyPatch.context() as environment:
+        emulator.create_bucket("shards")
+        for name, value in emulator.environment().items():
+            environment.setenv(name, value)
+        yield emulator

@@ -65,9 +65,7 @@ def prepare(networks, config, runtime, phase=EVERYTHING):
     state = make_state(networks.rae.decoder, runtime, disc=networks.disc)
     for module in (networks.rae, networks.lpips, networks.disc.backbone):
         runtime.place(module)
-    return state, make_gan_step(
-        networks, state, phase, config.training, config.gan, runtime.autocast
-    )
+    return state, make_gan_step(networks, state, phase, config.training, config.gan, runtime)
 
 
 def batch():

@@ -15,7 +15,7 @@ from rae_xla.cli import main as cli
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "configs").rglob("*.md")]
 SCRIPTS = [*(ROOT / "scripts").rglob("*.sh")]
-PROGRAMS = {"rae-xla", "python", "bash"}
+PROGRAMS = {"rae-xla", "python", "torchrun", "bash"}
 OPERATORS = {"&&", "||", "|", ";", "&", "(", ")", ";;"}
 BEFORE_A_COMMAND = re.compile(r"[A-Z_]+=.*|do|then|else|if|!|time|exec|nohup")
 OURS = re.compile(r"rae-xla|rae_xla|\.sh\b|\.ci/run|\.py\b")
@@ -62,6 +62,12 @@ def check(words: list[str]) -> None:
     if not programs:
         return
     program, *rest = words[programs[0] :]
+    if program == "torchrun":
+        from torch.distributed.run import get_args_parser
+
+        options = get_args_parser().parse_args(rest)
+        assert options.module
+        program, rest = "python", ["-m", options.training_script, *options.training_script_args]
     if program == "python" and rest[:2] == ["-m", "rae_xla"]:
         program, rest = "rae-xla", rest[2:]
     if program == "rae-xla":
@@ -127,6 +133,8 @@ def test_commands_are_understood(path, capsys, monkeypatch):
         '"$python" scripts/none.py > log 2>&1',
         "cd here && bash scripts/none.sh",
         "bash scripts/test.sh --no-such-option",
+        "torchrun --nproc-per-node 2 -m rae_xla train stage3 --config run.yaml --results-dir r",
+        "torchrun --no-such-option 2 -m rae_xla sample",
     ],
 )
 def test_a_wrong_command_is_found(command, capsys):

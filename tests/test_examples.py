@@ -70,7 +70,7 @@ def test_a_recipe_trains_exports_and_measures(tmp_path):
     settings = [s for s in settings if not s.split("=")[0].endswith("optimizer.lr")]
     done = run("stage1_dinov2_b.sh", *settings, OUT=str(tmp_path / "out"))
     # trained and exported; the measuring stops where there is no Inception, and says so
-    assert (tmp_path / "out/checkpoints/step-00000004.pt").exists(), done.stderr
+    assert (tmp_path / "out/checkpoints/step-00000004/manifest.json").exists(), done.stderr
     assert (tmp_path / "out/decoder.pt").exists()
     assert "weights.inception" in done.stderr
 

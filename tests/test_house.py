@@ -123,7 +123,7 @@ import importlib, pkgutil, sys
 sys.modules["torch_xla"] = None  # as if it were not installed
 import rae_xla
 for module in pkgutil.walk_packages(rae_xla.__path__, "rae_xla."):
-    if module.name not in ("rae_xla.__main__", "rae_xla.runtime.xla"):
+    if not module.name.startswith(("rae_xla.__main__", "rae_xla.runtime.xla")):
         importlib.import_module(module.name)
 """
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

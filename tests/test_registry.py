@@ -114,7 +114,7 @@ def test_missing_ckpt_names_its_neighbours(tmp_path, trained):
     assert "stage2_modle.pt" in message
     assert "near it in that folder: stage2_model.pt" in message
     assert "nor a folder" in refusal(tiny() | {"ckpt": str(tmp_path / "no" / "w.pt")})
-    assert "is a folder" in refusal(tiny() | {"ckpt": str(tmp_path)})
+    assert "holds no checkpoint" in refusal(tiny() | {"ckpt": str(tmp_path)})
 
 
 def test_ckpt_of_another_shape_counts_and_shows(tmp_path, trained):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -57,7 +58,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     recon = parser.add_argument_group("recon")
     recon.add_argument(
         "--ckpt",
-        type=Path,
         metavar="PATH",
         help="stage-1 checkpoint, or a results folder (default: the weights stage_1 names)",
     )
@@ -258,12 +258,12 @@ def _load_rae(config: RunConfig, args: argparse.Namespace) -> tuple[RAE, str]:
         source = config.stage_1.ckpt or config.stage_1.params["pretrained_decoder_path"]
         return rae, f"{source}"
 
-    from rae_xla.models.weights import load_strict, read_weight_file
-    from rae_xla.train.checkpoint import newest_checkpoint
+    from rae_xla.interop.checkpoint_tensors import find_weights, open_weights
+    from rae_xla.models.weights import load_strict
 
-    path, which = newest_checkpoint(args.ckpt), args.weights or "ema"
-    content: Any = read_weight_file(path, "--ckpt")
-    if not isinstance(content, dict):
+    path, which = find_weights(args.ckpt, "--ckpt"), args.weights or "ema"
+    content = open_weights(path, "--ckpt")
+    if not isinstance(content, Mapping):
         raise UserError(f"--ckpt {path} holds no weights")
     bare = "model" not in content and "ema" not in content
     if bare and args.weights:
@@ -271,7 +271,7 @@ def _load_rae(config: RunConfig, args: argparse.Namespace) -> tuple[RAE, str]:
     if not bare and which not in content:
         raise UserError(f"--ckpt {path} has no {which} weights")
     rae = _build_rae(config, args, without_decoder=True)
-    load_strict(rae, content if bare else content[which], f"--ckpt {path}")
+    load_strict(rae, dict(content if bare else content[which]), f"--ckpt {path}")
     return rae, f"{path}" if bare else f"{path} ({which})"
 
 

@@ -40,5 +40,6 @@ def run(args: argparse.Namespace) -> int:
     root = args.input if args.input.is_dir() else args.input.parent
     batch = min(args.batch_size, len(images))
     ratio = reconstruct_files(rae, runtime, images, root=root, out=args.out, batch=batch)
-    print(f"{args.out}: {len(images)} reconstructions, mean PSNR {ratio:.2f} dB")
+    if runtime.process_index == 0:
+        print(f"{args.out}: {len(images)} reconstructions, mean PSNR {ratio:.2f} dB")
     return 0

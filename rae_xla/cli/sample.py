@@ -14,9 +14,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config(parser)
     parser.add_argument(
         "--ckpt",
-        type=Path,
         metavar="PATH",
-        help="weights of stage 2 (stage_2.ckpt): a checkpoint, or a results folder",
+        help="weights of stage 2 (stage_2.ckpt): a file, a checkpoint, or a results folder",
     )
     parser.add_argument(
         "--out", required=True, type=Path, metavar="DIR", help="folder of the PNGs, grid and .npz"
@@ -39,9 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Draw what is not in the folder yet."""
-    from rae_xla.train.checkpoint import newest_checkpoint
+    from rae_xla.interop.checkpoint_tensors import find_weights
 
-    extra = [f"stage_2.ckpt={newest_checkpoint(args.ckpt)}"] if args.ckpt else []
+    extra = [f"stage_2.ckpt={find_weights(args.ckpt, '--ckpt')}"] if args.ckpt else []
     config = read_config(args, *extra)
     if args.num_samples < 1 or args.batch_size < 1:
         raise UserError("--num-samples and --batch-size must be at least 1")
@@ -58,7 +57,11 @@ def run(args: argparse.Namespace) -> int:
     sampler = load_sampler(config, runtime)
     guidance = config.guidance
     how = f"{guidance.method} {guidance.scale:g}" if guidance.scale > 1 else "no guidance"
-    print(f"{args.num_samples} samples, {how}, on {runtime.description}")
+    speaks = runtime.process_index == 0
+    if speaks:
+        print(f"{args.num_samples} samples, {how}, on {runtime.description}")
     batch = min(args.batch_size, args.num_samples)
-    print(f"{write_set(sampler, labels, seed=args.seed, batch=batch, out=args.out, **keep)}")
+    written = write_set(sampler, labels, seed=args.seed, batch=batch, out=args.out, **keep)
+    if speaks:
+        print(f"{written}")
     return 0

@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     runtime = start(config.runtime, config.mesh, seed=config.training.global_seed)
     rae = cast("RAE", instantiate(config.stage_1)).requires_grad_(False)
     runtime.place(rae)
-    parts = runtime.mesh.size
+    parts = runtime.mesh.batch_parts
     batch_size = -(-args.batch_size // parts) * parts
     batches = one_pass(
         index,
@@ -61,11 +61,14 @@ def run(args: argparse.Namespace) -> int:
         process_count=runtime.process_count,
         num_workers=config.data.num_workers,
     )
-    print(f"statistics of {len(index)} images on {runtime.description}")
+    speaks = runtime.process_index == 0
+    if speaks:
+        print(f"statistics of {len(index)} images on {runtime.description}")
+    total = -(-len(index) // batch_size)
     moments = latent_moments(
-        rae, runtime, tqdm(batches, total=-(-len(index) // batch_size), unit="batch")
+        rae, runtime, tqdm(batches, total=total, unit="batch", disable=not speaks)
     )
-    if runtime.process_index == 0:
+    if speaks:
         write_torch_file({"mean": moments.mean.float(), "var": moments.variance.float()}, args.out)
         print(
             f"{args.out}: {tuple(moments.mean.shape)} over {moments.count:.0f} images; "

@@ -18,13 +18,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         type=Path,
         metavar="DIR",
-        help="the run's folder; started again, the run goes on where it stopped",
+        help="the run's folder, local; started again, the run goes on where it stopped",
     )
     parser.add_argument("--data", metavar="SHARDS", help="training shards (data.train)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train until the configured end."""
+    """Train until the configured end, or until told to stop (status ``EXIT_STOPPED``)."""
     extra = [f"data.train={args.data}"] if args.data else []
     config = read_config(args, *extra)
     if config.data.train is None:
@@ -34,11 +34,12 @@ def run(args: argparse.Namespace) -> int:
     from rae_xla.runtime import start
     from rae_xla.train.folder import claim_folder
     from rae_xla.train.loop import train
+    from rae_xla.train.survival import EXIT_STOPPED
 
     data = open_training_data(config.data.train, config.data.weights)
     claim_folder(args.results_dir, config, data.fingerprint)
     runtime = start(config.runtime, config.mesh, seed=config.training.global_seed)
-    checkpoint = train(config, runtime, data, args.stage, args.results_dir)
+    outcome = train(config, runtime, data, args.stage, args.results_dir)
     if runtime.process_index == 0:
-        print(f"checkpoint: {checkpoint}")
-    return 0
+        print(f"checkpoint: {outcome.checkpoint}")
+    return EXIT_STOPPED if outcome.stopped else 0

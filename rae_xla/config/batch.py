@@ -21,7 +21,8 @@ class BatchSplit:
 
 
 def check_mesh(config: RunConfig, device_count: int) -> BatchSplit:
-    """Cut the batch for ``device_count`` devices; it is split over every axis of the mesh.
+    """Cut the batch for the ``device_count`` devices it is split over: all of them but those that
+    the ``tensor`` axis of the mesh puts side by side.
 
     Raises:
         UserError: no batch size is given, two are that differ, or a micro-batch cannot be split

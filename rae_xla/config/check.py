@@ -58,6 +58,7 @@ def check(config: RunConfig, origin: Origin) -> None:
     if rae:
         _check_latent(config, rae, denoiser, origin)
     if denoiser:
+        _check_tensor_axis(config, denoiser, origin)
         _check_labels(config, denoiser, origin)
         _check_guide(config, denoiser, origin)
     _check_time(config, origin)
@@ -86,6 +87,7 @@ _POSITIVE = (
     "training.batch_size",
     "training.grad_accum_steps",
     "training.log_every",
+    "training.skip_grad_norm",
     "training.max_skipped",
     "training.checkpoint_interval",
     "sampler.params.num_steps",
@@ -96,6 +98,7 @@ _POSITIVE = (
     "data.cache_gb",
     "checkpoint.every_steps",
     "checkpoint.keep_last",
+    "checkpoint.keep_every",
     "runtime.devices",
     "eval.eval_interval",
     "eval.num_images",
@@ -121,7 +124,16 @@ def _check_numbers(config: RunConfig, origin: Origin) -> None:
             origin,
             f"expected a share between 0 and 1, got {data.max_bad_samples}",
         )
+    for key in ("training.max_rollbacks", "training.hang_timeout", "checkpoint.retry_seconds"):
+        if flat[key] < 0:
+            _refuse(key, origin, f"expected 0 or more, got {flat[key]}")
     training = config.training
+    if (steps := training.profile_steps) is not None and not 1 <= steps[0] <= steps[1]:
+        _refuse(
+            "training.profile_steps",
+            origin,
+            f"expected the first and the last step, counted from 1, got {list(steps)}",
+        )
     if not 0 <= training.ema_decay < 1:
         _refuse("training.ema_decay", origin, f"expected 0 <= decay < 1, got {training.ema_decay}")
     batch, parts = training.global_batch_size, training.grad_accum_steps
@@ -131,12 +143,13 @@ def _check_numbers(config: RunConfig, origin: Origin) -> None:
             origin,
             f"{parts} does not divide training.global_batch_size {batch}",
         )
-    for axis in ("data", "fsdp"):
-        size = flat[f"mesh.{axis}"]
-        if size < 1 and size != -1:
-            _refuse(f"mesh.{axis}", origin, f"expected a number of devices or -1, got {size}")
-    if config.mesh.data == config.mesh.fsdp == -1:
-        _refuse("mesh.data", origin, "only one of mesh.data and mesh.fsdp may be -1")
+    axes = [key for key in flat if key.startswith(("mesh.ici.", "mesh.dcn."))]
+    for key in axes:
+        if flat[key] < 1 and not (flat[key] == -1 and key.startswith("mesh.ici.")):
+            wanted = "a number of devices or -1" if key.startswith("mesh.ici.") else "1 or more"
+            _refuse(key, origin, f"expected {wanted}, got {flat[key]}")
+    if len(open_axes := [key for key in axes if flat[key] == -1]) > 1:
+        _refuse(open_axes[0], origin, f"only one of {' and '.join(open_axes)} may be -1")
     if config.sampler.params.reverse:
         _refuse("sampler.params.reverse", origin, "only false is possible: noise becomes data")
 
@@ -185,6 +198,21 @@ def _check_latent(
             f" {rae.decoder_patch_size}) returns as {returned} px: reconstruction and image would"
             " not match",
         )
+
+
+def _check_tensor_axis(
+    config: RunConfig, denoiser: DiTDHParams | LightningDiTParams, origin: Origin
+) -> None:
+    size = config.mesh.ici.tensor
+    for name in ("hidden_size", "num_heads") if size > 1 else ():
+        value = getattr(denoiser, name)
+        if any(width % size for width in (value if isinstance(value, tuple) else (value,))):
+            _refuse(
+                "mesh.ici.tensor",
+                origin,
+                f"{size} does not divide stage_2.params.{name} {plain(value)}: attention is split "
+                "by heads and layers by their width. Take a size that divides both",
+            )
 
 
 def _check_labels(

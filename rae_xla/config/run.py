@@ -50,6 +50,8 @@ _NOT_IDENTITY: tuple[str, ...] = (
     "data.cache_dir",
     "data.cache_gb",
     "runtime.backend",
+    "runtime.remat",
+    "runtime.scan",
     "runtime.compile",
     "runtime.compile_cache",
     "runtime.devices",
@@ -57,8 +59,11 @@ _NOT_IDENTITY: tuple[str, ...] = (
     "training.steps",
     "training.log_every",
     "training.max_skipped",
+    "training.max_rollbacks",
     "training.checkpoint_interval",
     "training.sample_every",
+    "training.profile_steps",
+    "training.hang_timeout",
     "training.num_samples",
 )
 

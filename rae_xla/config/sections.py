@@ -143,9 +143,25 @@ class TrainingConfig:
     sample_every: Annotated[int, "steps between sample images; 0: none"] = 2500
     num_samples: Annotated[int, "images in each of them"] = 16
     clip_grad: Annotated[float | None, "largest gradient norm; null or 0: no clipping"] = 1.0
+    skip_grad_norm: Annotated[
+        float | None, "a step whose gradient norm (before clipping) is above this is skipped, too"
+    ] = None
     max_skipped: Annotated[
-        int, "steps in a row whose loss or gradient is not finite (they are skipped) that end a run"
+        int,
+        "skipped steps in a row (loss or gradient not finite) after which the run goes back to its"
+        " last good checkpoint",
     ] = 10
+    max_rollbacks: Annotated[
+        int, "how often in a row it goes back, without a checkpoint in between, before it ends"
+    ] = 2
+    profile_steps: Annotated[
+        tuple[int, int] | None, "first and last step of which a profile is recorded"
+    ] = None
+    hang_timeout: Annotated[
+        float,
+        "seconds without progress after which a run ends itself; 12 times as long where it"
+        " compiles, evaluates or makes pictures; 0: never",
+    ] = 300.0
     global_seed: Annotated[int, "seed of weights, order, noise and times"] = 0
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
@@ -270,11 +286,32 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class MeshConfig:
-    """How devices are arranged. The batch is split over both axes, the state over fsdp."""
+class IciMesh:
+    """The devices of a slice (of a host with GPUs, of a laptop): their product is their number."""
 
-    data: Annotated[int, "devices that hold copies of the state; -1: all the others"] = 1
-    fsdp: Annotated[int, "devices that share one copy; -1: all the others"] = -1
+    data: Annotated[int, "groups that each hold a copy of the state; -1: all that remain"] = 1
+    fsdp: Annotated[int, "devices that share a copy of the state and split the batch"] = -1
+    tensor: Annotated[int, "devices that split the layers themselves (tensor parallelism)"] = 1
+
+
+@dataclass(frozen=True)
+class DcnMesh:
+    """What the data centre's network joins."""
+
+    data: Annotated[int, "slices, each with a copy of the state"] = 1
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """How devices are arranged. The batch is split over data and fsdp, the state over fsdp and
+    tensor.
+    """
+
+    ici: IciMesh = field(default_factory=IciMesh)
+    dcn: DcnMesh = field(default_factory=DcnMesh)
+    sharding: Annotated[
+        tuple[str, ...], "files of sharding rules or folders of them; a later one counts more"
+    ] = ("configs/sharding",)
 
 
 @dataclass(frozen=True)
@@ -285,6 +322,14 @@ class RuntimeConfig:
         Literal["auto", "xla", "torch"], "`auto`: TPU, then CUDA, then XLA on the CPU"
     ] = "auto"
     precision: Annotated[Literal["fp32", "bf16"], "of activations; weights stay fp32"] = "fp32"
+    remat: Annotated[
+        float,
+        "share of the trained blocks that compute their activations again in the backward pass"
+        " instead of keeping them: 0 none, 1 all",
+    ] = 0.0
+    scan: Annotated[bool, "on XLA: compile blocks that are alike once, and run them in a loop"] = (
+        False
+    )
     compile: Annotated[bool, "torch.compile on CUDA"] = False
     compile_cache: Annotated[str | None, "folder that keeps compiled XLA programs"] = None
     devices: Annotated[int | None, "virtual CPU devices of the xla backend"] = None
@@ -294,9 +339,18 @@ class RuntimeConfig:
 class CheckpointConfig:
     """When state is saved, and how much of it is kept."""
 
+    dir: Annotated[
+        str | None, "their folder, local or gs://; default: `checkpoints` in the results folder"
+    ] = None
     every_steps: Annotated[int | None, "steps between checkpoints; replaces the epochs"] = None
-    keep_last: Annotated[int, "checkpoints that are kept"] = 3
+    keep_last: Annotated[int, "the newest checkpoints, which are kept"] = 3
+    keep_every: Annotated[int | None, "those of every so many steps are kept for ever, besides"] = (
+        None
+    )
     resume: Annotated[bool, "go on where the results folder stopped"] = True
+    retry_seconds: Annotated[
+        float, "how long the last checkpoint is tried again before the run ends with an error"
+    ] = 600.0
 
 
 @dataclass(frozen=True)

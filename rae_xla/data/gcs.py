@@ -43,7 +43,7 @@ def file_system(path: str) -> tuple[Any, str]:
     """
     timeout = _timeout()
     with naming(path):
-        files = _gcs(_emulator(), timeout, os.getpid())
+        files = _gcs(emulator(), timeout, os.getpid())
     return files, files._strip_protocol(path)
 
 
@@ -80,7 +80,7 @@ def create(path: str) -> Iterator[BinaryIO]:
         raise
 
 
-def _emulator() -> str | None:
+def emulator() -> str | None:
     """The URL that ``STORAGE_EMULATOR_HOST`` gives, if it gives one."""
     host = os.environ.get("STORAGE_EMULATOR_HOST", "")
     if host in ("", "default"):

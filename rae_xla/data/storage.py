@@ -210,6 +210,21 @@ def list_files(folder: str) -> dict[str, FileInfo]:
     }
 
 
+def list_folders(folder: str) -> list[str]:
+    """The names of the folders that lie directly in ``folder``; none where it does not exist."""
+    try:
+        if not is_remote(folder):
+            with os.scandir(folder) as entries:
+                return [e.name for e in entries if e.is_dir()]
+        files, inside = _remote(folder)
+        with naming(folder):
+            listed = files.ls(inside, detail=True)
+    except FileNotFoundError:
+        return []
+    names = [entry["name"].rstrip("/") for entry in listed if entry["type"] == "directory"]
+    return [name.rpartition("/")[2] for name in names]
+
+
 def _file_info(entry: dict[str, Any]) -> FileInfo:
     md5 = entry.get("md5Hash")  # base64; an object put together from parts has none
     return FileInfo(

@@ -23,7 +23,7 @@ CHUNK = 8
 
 def chunk_rows(runtime: Runtime) -> int:
     """Rows of a chunk over all devices."""
-    return CHUNK * runtime.mesh.size
+    return CHUNK * runtime.mesh.batch_parts
 
 
 def own_rows(runtime: Runtime) -> slice:

@@ -20,8 +20,9 @@ from rae_xla.evaluate.frechet import MomentStream, frechet_distance
 from rae_xla.evaluate.image_metrics import psnr
 from rae_xla.evaluate.inception import FeatureNetwork
 from rae_xla.evaluate.reference import Reference
+from rae_xla.interop.checkpoint_tensors import open_weights
 from rae_xla.models.rae import RAE
-from rae_xla.models.weights import load_strict, read_weight_file
+from rae_xla.models.weights import load_strict
 from rae_xla.runtime import Batch, Runtime
 from rae_xla.sample.pictures import Pixels, to_grid, to_pixels
 from rae_xla.sample.reconstruct import with_decoder
@@ -109,8 +110,8 @@ def load_decoders(rae: RAE, paths: Sequence[str]) -> dict[str, nn.Module]:
     alike = len(set(stems)) < len(stems)
     found: dict[str, nn.Module] = {}
     for path, stem in zip(paths, stems, strict=True):
-        state = read_weight_file(path, "--decoders")
-        bare = isinstance(state, Mapping) and all(isinstance(v, Tensor) for v in state.values())
+        state = open_weights(path, "--decoders")
+        bare = isinstance(state, dict) and all(isinstance(v, Tensor) for v in state.values())
         if not bare or any(str(key).startswith("decoder.") for key in state):
             raise UserError(
                 f"--decoders: {path} is a checkpoint or a whole autoencoder, not a decoder alone; "

@@ -48,20 +48,22 @@ def latent_moments(rae: RAE, runtime: Runtime, batches: Iterable[Mapping[str, Te
 
     Args:
         rae: placed, without latent statistics of its own, so that raw latents are measured.
-        runtime: where it is. Under SPMD the batch is split over all devices of all hosts and every
-            host gets the moments of the whole batch, so there is nothing left to merge.
+        runtime: where it is. Its compiled functions see the rows of all processes, or their own
+            alone: of either, every process gets all the moments there are.
         batches: from ``one_pass``; rows of weight 0 do not count.
     """
     rae.eval()
 
     @runtime.compile
-    def batch_moments(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    def batch_moments(batch: Batch) -> tuple[Tensor, ...]:
         with torch.no_grad(), runtime.autocast():
             latents = rae.encode(to_unit(batch["image"])).float()
         weight = batch["weight"].reshape(-1, *(1 for _ in latents.shape[1:]))
         count = batch["weight"].sum()
-        mean = (latents * weight).sum(0) / count
-        return count, mean, ((latents - mean) ** 2 * weight).sum(0)
+        # rows that only fill up a batch may be all that a process has
+        mean = (latents * weight).sum(0) / count.clamp(min=1)
+        squares = ((latents - mean) ** 2 * weight).sum(0)
+        return tuple(moment[None] for moment in (count, mean, squares))
 
     total: Moments | None = None
     wanted = ("image", "weight")
@@ -70,7 +72,8 @@ def latent_moments(rae: RAE, runtime: Runtime, batches: Iterable[Mapping[str, Te
         host = runtime.to_host(
             dict(zip(("n", "mean", "squares"), batch_moments(batch), strict=True))
         )
-        part = Moments(host["n"].item(), host["mean"].double(), host["squares"].double())
-        total = part if total is None else total.merge(part)
+        for count, mean, squares in zip(host["n"], host["mean"], host["squares"], strict=True):
+            part = Moments(count.item(), mean.double(), squares.double())
+            total = part if total is None else total.merge(part)
     assert total is not None, "a data set has at least one batch"
     return total

@@ -84,6 +84,7 @@ def evaluate_reconstruction(
     reference: Reference | None = None,
     num_workers: int = 0,
     progress: bool = False,
+    moved: Callable[[], None] | None = None,
 ) -> ReconReport:
     """Reconstruct the first images of a data set and measure them.
 
@@ -103,6 +104,7 @@ def evaluate_reconstruction(
             for the images themselves.
         num_workers: processes that decode images.
         progress: show a bar.
+        moved: called after every group of images.
 
     Raises:
         UserError: an unknown metric, more images than there are, or one image with ``rfid``.
@@ -142,6 +144,8 @@ def evaluate_reconstruction(
             for host, made in done:
                 measured.add(host["image"], made)
             bar.update(len(done))
+            if moved is not None:
+                moved()
     values = measured.means()
     warnings = measured.warnings()
     if "rfid" in metrics:

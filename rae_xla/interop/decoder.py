@@ -7,16 +7,17 @@ from pathlib import Path
 import torch
 
 from rae_xla.errors import UserError
-from rae_xla.models.weights import read_weight_file, write_torch_file
+from rae_xla.interop.checkpoint_tensors import open_weights
+from rae_xla.models.weights import write_torch_file
 
 PREFIX = "decoder."
 
 
-def export_decoder(checkpoint: Path, out: Path, weights: str = "ema") -> int:
+def export_decoder(checkpoint: str | Path, out: Path, weights: str = "ema") -> int:
     """Take the decoder out of a stage-1 checkpoint (ours or the reference's).
 
     Args:
-        checkpoint: a training checkpoint, or a whole RAE's state dict.
+        checkpoint: a training checkpoint (see ``open_weights``), or a whole RAE's state dict.
         out: where the bare state dict goes (torch file).
         weights: ``ema`` or ``model``.
 
@@ -26,7 +27,7 @@ def export_decoder(checkpoint: Path, out: Path, weights: str = "ema") -> int:
     Raises:
         UserError: when the checkpoint holds no such weights or no decoder.
     """
-    content = read_weight_file(checkpoint, "checkpoint")
+    content = open_weights(checkpoint)
     if "model" in content and "step" in content:
         if weights not in content:
             raise UserError(f"{checkpoint} has no {weights!r} weights")

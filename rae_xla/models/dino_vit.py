@@ -18,7 +18,7 @@ from rae_xla.errors import UserError
 from rae_xla.models.embeddings import PatchEmbed
 from rae_xla.models.layers import Attention, Mlp
 from rae_xla.models.resize import resize_bilinear
-from rae_xla.models.weights import load_strict, read_weight_file
+from rae_xla.models.weights import is_meta, load_strict, read_weight_file
 
 IMAGE_SIZE = 224
 # Of ImageNet, in RGB.
@@ -187,6 +187,8 @@ def load_dino(
 ) -> DINOViT:
     """Build the backbone of a recipe and read its published weight file, strictly.
 
+    On the meta device nothing is read.
+
     The key third of every qkv bias is set to zero, as the published discriminator does; softmax
     does not see it.
 
@@ -201,6 +203,8 @@ def load_dino(
     """
     shape = resolve_recipe(recipe)
     model = DINOViT(shape if norm_eps is None else replace(shape, norm_eps=norm_eps))
+    if is_meta(model):
+        return model
     if not Path(path).expanduser().is_file():
         raise UserError(
             f"{_SETTING}: there is no file {path}; the discriminator's frozen backbone is "

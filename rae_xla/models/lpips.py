@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rae_xla.errors import UserError
-from rae_xla.models.weights import load_strict, read_weight_file
+from rae_xla.models.weights import is_meta, load_strict, read_weight_file
 
 # Channels of the convolutions of each part of VGG16 (Simonyan & Zisserman 2015, configuration D).
 SLICES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
@@ -126,7 +126,7 @@ def _unit(maps: Tensor) -> Tensor:
 
 
 def load_lpips(vgg_path: str | None, linear_path: str | None) -> LPIPS:
-    """Build LPIPS with its published weights.
+    """Build LPIPS with its published weights (on the meta device without them: nothing is read).
 
     Args:
         vgg_path: local file with VGG16 as torchvision has it, or with a whole LPIPS; when None,
@@ -138,6 +138,8 @@ def load_lpips(vgg_path: str | None, linear_path: str | None) -> LPIPS:
         UserError: if a file is missing, cannot be had or does not fit.
     """
     model = LPIPS()
+    if is_meta(model):
+        return model
     if vgg_path is not None:
         state, where = _read(vgg_path, _VGG), f"{_VGG}: {vgg_path}"
     else:

@@ -263,6 +263,11 @@ def _load_decoder(decoder: ViTDecoder, path: str) -> None:
             f"{what}: there is no file {path}; published weights are had with "
             f"`hf download {HUB_FILES} {path.removeprefix('models/')} --local-dir models`"
         )
+    if Path(path).expanduser().is_dir():
+        raise UserError(
+            f"{what}: {path} is a folder; if it is a training checkpoint, `rae-xla export decoder "
+            f"--ckpt {path} --out decoder.pt` takes the decoder out of it"
+        )
     state = read_weight_file(path, what)
     if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
         kind = "a training checkpoint" if _is_checkpoint(state) else "not a state dict"

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rae_xla.errors import UserError
+from rae_xla.models.attention import attention
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -58,9 +59,7 @@ def attend(
     def heads(x: Tensor) -> Tensor:
         return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
-    mixed = F.scaled_dot_product_attention(
-        heads(query), heads(key), heads(value), dropout_p=dropout
-    )
+    mixed = attention(heads(query), heads(key), heads(value), dropout)
     return mixed.transpose(1, 2).flatten(2)
 
 

@@ -77,6 +77,16 @@ def load_strict(module: nn.Module, state: Mapping[str, Tensor], where: str) -> N
     Raises:
         UserError: naming the keys that are missing, unexpected, or of another shape.
     """
+    check_fits(module, state, where)
+    module.load_state_dict(dict(state))
+
+
+def check_fits(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
+    """Compare keys and shapes without loading; tensors on the meta device will do.
+
+    Raises:
+        UserError: naming the keys that are missing, unexpected, or of another shape.
+    """
     own = module.state_dict()
     faults = []
     if missing := [key for key in own if key not in state]:
@@ -91,7 +101,6 @@ def load_strict(module: nn.Module, state: Mapping[str, Tensor], where: str) -> N
         faults.append(f"another shape: {_listed(misshapen)}")
     if faults:
         raise UserError(f"{where} does not fit {type(module).__name__}: {'; '.join(faults)}")
-    module.load_state_dict(dict(state))
 
 
 def is_meta(module: nn.Module) -> bool:

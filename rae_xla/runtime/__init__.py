@@ -6,12 +6,16 @@ import importlib.util
 import logging
 import os
 from types import ModuleType
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 
 from rae_xla.errors import UserError
 from rae_xla.runtime.interface import Batch, Runtime
+from rae_xla.runtime.launch import read_launch
+
+if TYPE_CHECKING:
+    from rae_xla.config import MeshConfig
 
 __all__ = ["Batch", "Runtime", "start"]
 
@@ -22,6 +26,10 @@ class _RuntimeSettings(Protocol):
     @property
     def precision(self) -> str: ...
     @property
+    def remat(self) -> float: ...
+    @property
+    def scan(self) -> bool: ...
+    @property
     def compile(self) -> bool: ...
     @property
     def compile_cache(self) -> str | None: ...
@@ -29,17 +37,11 @@ class _RuntimeSettings(Protocol):
     def devices(self) -> int | None: ...
 
 
-class _MeshSettings(Protocol):
-    @property
-    def data(self) -> int: ...
-    @property
-    def fsdp(self) -> int: ...
-
-
-def start(settings: _RuntimeSettings, mesh: _MeshSettings, *, seed: int = 0) -> Runtime:
+def start(settings: _RuntimeSettings, mesh: MeshConfig, *, seed: int = 0) -> Runtime:
     """Start the backend a run asks for; once per process, before any tensor is made.
 
-    ``auto`` takes TPU, then CUDA, then XLA on CPU where torch_xla is installed, then plain torch.
+    ``auto`` takes TPU, then CUDA, then XLA on CPU where torch_xla is installed, then plain torch;
+    several processes that torchrun started on CPUs are plain torch's.
 
     Raises:
         UserError: when the backend is not installed or the mesh does not fit the devices.
@@ -54,20 +56,33 @@ def start(settings: _RuntimeSettings, mesh: _MeshSettings, *, seed: int = 0) -> 
         return cast(
             "Runtime",
             _xla().XLARuntime(
-                data=mesh.data,
-                fsdp=mesh.fsdp,
+                mesh=mesh,
                 precision=settings.precision,
+                remat=settings.remat,
+                scan=settings.scan,
                 seed=seed,
                 devices=settings.devices,
                 compile_cache=settings.compile_cache,
             ),
         )
-    from rae_xla.runtime.torch import TorchRuntime
+    launch = read_launch()
+    if launch.count == 1:
+        from rae_xla.runtime.torch import TorchRuntime
 
-    return TorchRuntime(
-        data=mesh.data,
-        fsdp=mesh.fsdp,
+        return TorchRuntime(
+            mesh=mesh,
+            precision=settings.precision,
+            remat=settings.remat,
+            compile_graphs=settings.compile,
+            seed=seed,
+        )
+    from rae_xla.runtime.torch_processes import TorchProcesses
+
+    return TorchProcesses(
+        launch,
+        mesh=mesh,
         precision=settings.precision,
+        remat=settings.remat,
         compile_graphs=settings.compile,
         seed=seed,
     )
@@ -77,7 +92,8 @@ def choose_backend() -> str:
     """``xla`` or ``torch``, from what the machine has."""
     if importlib.util.find_spec("torch_xla") is None:
         return "torch"
-    if not _xla().on_tpu() and torch.cuda.is_available():
+    several = read_launch().count > 1  # by torchrun, which starts no XLA runs
+    if not _xla().on_tpu() and (torch.cuda.is_available() or several):
         return "torch"
     return "xla"
 

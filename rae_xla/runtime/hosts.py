@@ -6,6 +6,7 @@ import os
 import time
 from datetime import timedelta
 
+import torch.distributed as dist
 from torch.distributed import DistError, TCPStore
 
 from rae_xla.errors import UserError
@@ -66,6 +67,7 @@ class Hosts:
             for i in range(self._count):
                 texts.append(store.get(f"{self._round}/{i}").decode())
             self._let_all_read(store)
+            self._forget_round_before(store)
         except DistError as error:
             missing = f"process {len(texts)}" if self._store is not None else "process 0"
             if self._index == 0 and self._store is None:
@@ -79,6 +81,22 @@ class Hosts:
                 "that the port is free there and open between them"
             ) from error
         return texts
+
+    def new_group(self) -> dist.ProcessGroup | None:
+        """A gloo group of the processes; each must ask for it. None for a process that is alone."""
+        if self._count == 1:
+            return None
+        if not dist.is_initialized():
+            store = dist.PrefixStore("group", self._connected())
+            dist.init_process_group("gloo", store=store, rank=self._index, world_size=self._count)
+        return dist.new_group(backend="gloo")
+
+    def _forget_round_before(self, store: TCPStore) -> None:
+        """Whoever speaks in this round has read the one before: its texts need no more room."""
+        before = self._round - 1
+        store.delete_key(f"{before}/{self._index}")
+        if self._index == 0:
+            store.delete_key(f"{before}/read")
 
     def _connected(self) -> TCPStore:
         if self._store is None:

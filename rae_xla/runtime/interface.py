@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from rae_xla.runtime.chips import Chip, Memory
 from rae_xla.runtime.mesh import MeshShape
+from rae_xla.runtime.snapshot import HostTensor
 
 Fn = TypeVar("Fn", bound=Callable[..., Any])
 Batch = dict[str, Tensor]
@@ -35,9 +38,9 @@ class Runtime(Protocol):
         """
         ...
 
-    def place_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Put host tensors on the devices, split by the rules for the names they are given under
-        (so optimizer state and EMA are split like the parameters they belong to).
+    def place_tensors(self, tensors: Mapping[str, Tensor], like: nn.Module) -> dict[str, Tensor]:
+        """Put host tensors on the devices, split as the parameters of the same names in ``like``
+        (so optimizer state is split like what it belongs to).
         """
         ...
 
@@ -56,14 +59,54 @@ class Runtime(Protocol):
         """The precision the run asked for, as an autocast context."""
         ...
 
+    def average(self, values: Sequence[Tensor]) -> list[Tensor]:
+        """Of means over the rows a step was given, the means over the global batch."""
+        ...
+
+    def gradients(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """What backward passes left, averaged over the global batch; zeros where that is nothing.
+        Each is split as its parameter is.
+        """
+        ...
+
+    def norm(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The L2 norm of all elements of tensors that may be split, 0-d."""
+        ...
+
+    def parts(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """What this process holds of each, in the same memory: arithmetic on elements, done to the
+        parts in every process, is done to the whole.
+        """
+        ...
+
     def fetch(self, results: Sequence[Tensor]) -> list[Tensor]:
         """Small unsplit results of compiled functions, on the CPU. Waits for those alone, so what
         was asked for since then goes on.
         """
         ...
 
+    def fetch_later(self, result: Tensor) -> Callable[[], Tensor]:
+        """Begin to copy a small unsplit result of a compiled function to the CPU. What is returned
+        gives the copy; it waits for that result, not for what was asked for since.
+        """
+        ...
+
     def to_host(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Whole tensors on the CPU of every process. Waits for the devices to finish."""
+        """Whole tensors on the CPU of every process: of what was computed from ``put`` rows, the
+        rows of all processes in their order. Waits for the devices to finish.
+        """
+        ...
+
+    def snapshot(self, tensors: Mapping[str, Tensor]) -> dict[str, HostTensor]:
+        """Copies on the CPU of what this process is to write of each tensor. Waits for the devices
+        and for the copies; afterwards the tensors may change.
+        """
+        ...
+
+    def saving_group(self) -> Any | None:
+        """A new process group for checkpoints, whose threads talk while training does; all must
+        call it. None for a process that is alone.
+        """
         ...
 
     def synchronize(self) -> None:
@@ -80,4 +123,22 @@ class Runtime(Protocol):
 
     def fallbacks(self) -> dict[str, int]:
         """Operations that left the device and ran on the host, and how often."""
+        ...
+
+    def chip(self) -> Chip | None:
+        """The kind of its devices, where their peak is known."""
+        ...
+
+    def memory(self) -> Memory | None:
+        """Of the devices of this process; None where nobody counts it."""
+        ...
+
+    def profile(self, folder: Path) -> AbstractContextManager[None]:
+        """Record what host and devices do meanwhile, as files in ``folder`` that TensorBoard
+        reads.
+        """
+        ...
+
+    def warnings(self) -> list[str]:
+        """What has turned out so far that a user should know of."""
         ...

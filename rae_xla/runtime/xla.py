@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, cast
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -14,16 +16,35 @@ import torch_xla
 import torch_xla.backends
 import torch_xla.core.xla_model as xm
 import torch_xla.debug.metrics as met
+import torch_xla.debug.profiler as xp
 import torch_xla.distributed.spmd as xs
 import torch_xla.runtime as xr
 from torch import Tensor, nn
 from torch_xla._internal import tpu
+from torch_xla.distributed.spmd.xla_sharding import ShardingType, _get_group_assignment
 
+from rae_xla.runtime.chips import Chip, Memory, known_chip
+from rae_xla.runtime.compile_cache import cache_warnings, open_cache
 from rae_xla.runtime.hosts import Hosts
 from rae_xla.runtime.interface import Batch, Fn
 from rae_xla.runtime.layer_norm import keep_norms_on_rows
-from rae_xla.runtime.mesh import AXES, resolve_mesh
-from rae_xla.runtime.sharding import FSDP_RULES, PartitionSpec, partition_spec
+from rae_xla.runtime.mesh import AXES, BATCH, MeshShape, resolve_mesh
+from rae_xla.runtime.remat import rematerialise
+from rae_xla.runtime.sharding import (
+    PartitionSpec,
+    load_rules,
+    resolve_shardings,
+    shard_count,
+    without_single_axes,
+)
+from rae_xla.runtime.snapshot import HostShard, HostTensor
+from rae_xla.runtime.whole import WholeBatch
+from rae_xla.runtime.xla_gathering import Gathering
+from rae_xla.runtime.xla_recompute import recompute
+from rae_xla.runtime.xla_scan import scan_alike
+
+if TYPE_CHECKING:
+    from rae_xla.config import MeshConfig
 
 
 def on_tpu() -> bool:
@@ -31,7 +52,7 @@ def on_tpu() -> bool:
     return tpu.num_available_chips() > 0
 
 
-class XLARuntime:
+class XLARuntime(WholeBatch):
     """See ``Runtime``. Must be made before anything else touches an XLA device."""
 
     backend = "xla"
@@ -39,9 +60,10 @@ class XLARuntime:
     def __init__(
         self,
         *,
-        data: int,
-        fsdp: int,
+        mesh: MeshConfig,
         precision: str,
+        remat: float,
+        scan: bool,
         seed: int,
         devices: int | None,
         compile_cache: str | None,
@@ -51,7 +73,7 @@ class XLARuntime:
             if devices is not None:
                 os.environ["CPU_NUM_DEVICES"] = str(devices)
         if compile_cache:
-            xr.initialize_cache(compile_cache, readonly=False)
+            open_cache(compile_cache, tpu.worker_id() if on_tpu() else 0)
         xr.use_spmd()
         self.device = torch_xla.device()
         self.process_index = xr.process_index()
@@ -61,77 +83,74 @@ class XLARuntime:
             master = tpu.discover_master_worker_ip()
         self._hosts = Hosts(self.process_index, self.process_count, master)
         count = xr.global_runtime_device_count()
-        self.mesh = resolve_mesh(data, fsdp, count)
-        self._mesh = xs.Mesh(np.arange(count), (self.mesh.data, self.mesh.fsdp), AXES)
+        self.mesh = resolve_mesh(mesh, count)
+        self._rules = load_rules(mesh.sharding)
+        self._mesh = _device_mesh(self.mesh)
         xs.set_global_mesh(self._mesh)
+        self._gathering = Gathering(self._mesh)
+        self._remat, self._scan = remat, scan
         self._precision = precision
         if precision == "fp32":  # a TPU's default is one bf16 pass
             torch_xla.backends.set_mat_mul_precision("highest")
         self.description = (
-            f"{count} XLA devices ({xr.device_type()}), mesh data={self.mesh.data} x "
-            f"fsdp={self.mesh.fsdp}, {precision}"
+            f"{count} XLA devices ({xr.device_type()}), mesh {self.mesh}, {precision}"
         )
         torch.manual_seed(seed)
 
-    def _send(self, host: Tensor, spec: PartitionSpec | tuple[Any, ...], *, rows: bool) -> Tensor:
+    def _send(self, host: Tensor, spec: PartitionSpec, *, rows: bool = False) -> Tensor:
         """One transfer straight to the shards: no device ever holds the whole tensor."""
         sharding = None
         if any(spec):
-            minibatch = rows and self.process_count > 1
-            sharding = xs.ShardingSpec(self._mesh, spec, minibatch=minibatch)
+            sharding = self._sharding(spec, minibatch=rows and self.process_count > 1)
         [placed] = cast("list[Tensor]", xm.send_cpu_data_to_device([host], self.device, sharding))
         return placed
+
+    def _sharding(self, spec: PartitionSpec, *, minibatch: bool) -> xs.ShardingSpec:
+        sharding = xs.ShardingSpec(self._mesh, spec, minibatch=minibatch)
+        parts = math.prod(shard_count(entry, self.mesh.axis_sizes) for entry in spec)
+        if None not in spec and parts < self.mesh.size:
+            # torch_xla 2.9 takes a spec without None for one that names every axis of the mesh.
+            sharding._sharding_type = ShardingType.PARTIAL
+            sharding._group_assignment, sharding._replication_groups = _get_group_assignment(
+                ShardingType.PARTIAL, np.array(sharding._tile_assignment), len(spec), set()
+            )
+        return sharding
 
     def place(self, module: nn.Module) -> nn.Module:
         """Replace parameters and buffers on the host by sharded ones on the devices.
 
         What is on the devices stays as it is: an optimizer may hold it.
         """
+        shardings = resolve_shardings(module, self._rules, self.mesh.axis_sizes)
         waiting = {n: p for n, p in module.named_parameters() if p.device != self.device}
-        placed = self.place_tensors({name: p.detach() for name, p in waiting.items()})
         for name, parameter in waiting.items():
             owner, _, last = name.rpartition(".")
-            moved = nn.Parameter(placed[name], requires_grad=parameter.requires_grad)
+            stored = self._send(parameter.detach(), shardings.parameters[name].stored)
+            moved = nn.Parameter(stored, requires_grad=parameter.requires_grad)
             module.get_submodule(owner).register_parameter(last, moved)
         for child in module.modules():
             for name, buffer in list(child.named_buffers(recurse=False)):
                 if buffer.device != self.device:
-                    child._buffers[name] = self._send(buffer, (), rows=False)
-        for owner in {name.rpartition(".")[0] for name in waiting}:
-            self._keep_rows_split(module.get_submodule(owner))
+                    child._buffers[name] = self._send(buffer, ())
+        self._gathering.apply(module, shardings)
+        trained = [name for name, parameter in waiting.items() if parameter.requires_grad]
+        blocks = [b for b in shardings.blocks if any(name.startswith(f"{b}.") for name in trained)]
+        stack = [module.get_submodule(name) for name in blocks]
+        rematerialise(stack, self._remat, recompute)
+        if self._scan:
+            scan_alike(stack, self._gathering.tracing)
         return keep_norms_on_rows(module)
 
-    def _keep_rows_split(self, module: nn.Module) -> None:
-        """Tell the compiler that what a layer returns stays split by rows, and its gradient.
-
-        Left to propagate, the weights' sharding spreads to the activations, which are then moved
-        between devices at every layer.
-        """
-        if not isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)):
-            return
-
-        def annotate(tensor: Tensor) -> Tensor:
-            marked = tensor.clone()
-            spec = (AXES, *(None,) * (tensor.dim() - 1))
-            xs.annotate_custom_sharding(marked, self._mesh, spec)
-            return marked
-
-        module.register_forward_hook(lambda _, inputs, output: _BothWays.apply(output, annotate))
-
-    def place_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Send host tensors, split by the sharding rules of the names they are given under."""
-        sizes = {"data": self.mesh.data, "fsdp": self.mesh.fsdp}
-        return {
-            name: self._send(
-                tensor, partition_spec(name, tensor.shape, FSDP_RULES, sizes), rows=False
-            )
-            for name, tensor in tensors.items()
-        }
+    def place_tensors(self, tensors: Mapping[str, Tensor], like: nn.Module) -> dict[str, Tensor]:
+        """Send host tensors, split as the parameters of the same names."""
+        stored = resolve_shardings(like, self._rules, self.mesh.axis_sizes).parameters
+        return {name: self._send(tensor, stored[name].stored) for name, tensor in tensors.items()}
 
     def put(self, batch: Mapping[str, Tensor]) -> Batch:
         """Send this process's rows; together the processes make the global batch."""
+        split = without_single_axes((BATCH,), self.mesh.axis_sizes)
         return {
-            name: self._send(t, (AXES, *(None,) * (t.dim() - 1)) if t.dim() else (), rows=True)
+            name: self._send(t, split + (None,) * (t.dim() - 1) if t.dim() else (), rows=True)
             for name, t in batch.items()
         }
 
@@ -164,6 +183,10 @@ class XLARuntime:
         """Copies on the CPU."""
         return [result.cpu() for result in results]
 
+    def fetch_later(self, result: Tensor) -> Callable[[], Tensor]:
+        """Copied when it is asked for, which waits for nothing else."""
+        return result.cpu
+
     def to_host(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Put the shards of every tensor together on the host.
 
@@ -180,6 +203,21 @@ class XLARuntime:
             name: _assemble(tensor, [data for data, _ in parts], [index for _, index in where])
             for name, tensor, parts, where in zip(tensors, detached, shards, places, strict=True)
         }
+
+    def snapshot(self, tensors: Mapping[str, Tensor]) -> dict[str, HostTensor]:
+        """The shards of this process's devices, one of each that several devices hold a copy of."""
+        detached = [tensor.detach() for tensor in tensors.values()]
+        xm.wait_device_ops()
+        shards = torch_xla._XLAC._get_local_shards(detached)
+        places = torch_xla._XLAC._get_local_shard_replica_and_indices(detached)
+        return {
+            name: HostTensor(tuple(tensor.shape), tuple(_first_replicas(tensor, parts, where)))
+            for name, tensor, parts, where in zip(tensors, detached, shards, places, strict=True)
+        }
+
+    def saving_group(self) -> Any | None:
+        """A gloo group; the processes find each other as they do for ``exchange``."""
+        return self._hosts.new_group()
 
     def synchronize(self) -> None:
         """Wait for the devices."""
@@ -199,18 +237,80 @@ class XLARuntime:
         """The ``aten::`` counters: operations without a lowering."""
         return {n: met.counter_value(n) for n in met.counter_names() if n.startswith("aten::")}
 
+    def chip(self) -> Chip | None:
+        """By the accelerator type that the machine's metadata tell."""
+        return _tpu_chip() if on_tpu() else None
 
-class _BothWays(torch.autograd.Function):
-    """A function applied to a tensor, and to its gradient on the way back."""
+    def memory(self) -> Memory | None:
+        """What libtpu tells of this host's chips; there is no peak among it.
 
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
-        ctx.fn = fn
-        return fn(tensor)
+        ``xm.get_memory_info`` does not know SPMD's devices (pytorch/xla issue 9022).
+        """
+        if not on_tpu():
+            return None
+        try:
+            from libtpu.sdk import tpumonitoring
 
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return ctx.fn(gradient), None
+            used = tpumonitoring.get_metric("hbm_capacity_usage").data()
+            total = tpumonitoring.get_metric("hbm_capacity_total").data()
+            return Memory(max(map(int, used)), None, min(map(int, total)))
+        except Exception:  # a figure in the log is not worth a run
+            return None
+
+    @contextmanager
+    def profile(self, folder: Path) -> Iterator[None]:
+        """By the profiler of XLA, which records the devices' side too."""
+        folder.mkdir(parents=True, exist_ok=True)
+        xp.start_trace(str(folder))
+        try:
+            yield
+            self.synchronize()
+        finally:
+            xp.stop_trace()
+
+    def warnings(self) -> list[str]:
+        """That the cache of compiled programs does not work, where it does not."""
+        return cache_warnings()
+
+
+@functools.cache
+def _tpu_chip() -> Chip | None:
+    try:
+        return known_chip(tpu.get_tpu_type())
+    except (OSError, KeyError, TypeError):  # no metadata, or none about a TPU
+        return None
+
+
+def _device_mesh(shape: MeshShape) -> xs.Mesh:
+    """The devices in the order of their numbers; with slices, as they are wired.
+
+    Axes of one device are left out: torch_xla 2.9 cannot send a vector to a mesh that has any.
+    """
+    axes = [axis for axis in AXES if shape.axis_sizes[axis] > 1] or [BATCH[0]]
+    if shape.slices > 1 and "slice_index" in xr.global_runtime_device_attributes()[0]:
+        within = tuple(getattr(shape, axis) for axis in axes)
+        across = tuple(shape.slices if axis == BATCH[0] else 1 for axis in axes)
+        return xs.HybridMesh(ici_mesh_shape=within, dcn_mesh_shape=across, axis_names=tuple(axes))
+    sizes = tuple(shape.axis_sizes[axis] for axis in axes)
+    return xs.Mesh(np.arange(shape.size), sizes, tuple(axes))
+
+
+def _first_replicas(
+    tensor: Tensor, parts: list[tuple[Tensor, str]], places: list[tuple[int, Any]]
+) -> Iterator[HostShard]:
+    """Of the shards that lie here (copies already, each with its device), those with which the
+    replicas of each begin; without their padding.
+    """
+    for (part, _), (replica, place) in zip(parts, places, strict=True):
+        if replica:
+            continue
+        if place is Ellipsis:
+            yield HostShard(part, (0,) * tensor.dim())
+            continue
+        sizes = [where.stop - where.start for where in place]
+        if all(size > 0 for size in sizes):
+            cut = part[tuple(slice(size) for size in sizes)]
+            yield HostShard(cut, tuple(where.start for where in place))
 
 
 def _assemble(tensor: Tensor, parts: list[Tensor], places: list[Any]) -> Tensor:

@@ -15,7 +15,8 @@ from rae_xla.models.rae import RAE
 from rae_xla.registry import instantiate
 from rae_xla.runtime import Runtime
 from rae_xla.runtime.random import Draws
-from rae_xla.sample.pictures import Pixels, pad_rows, to_pixels
+from rae_xla.sample.pictures import Pixels, to_pixels
+from rae_xla.sample.rows import collect_rows, share_rows
 from rae_xla.transport import create_transport, guided
 
 if TYPE_CHECKING:
@@ -45,6 +46,11 @@ class ImageSampler:
         self._rae, self._model, self._guide = rae, model, guide
         self._transport = make_transport(config)
         self._shape = rae.latent_size
+
+    @property
+    def runtime(self) -> Runtime:
+        """Where it draws; all its processes draw together."""
+        return self._runtime
 
     @property
     def latent_size(self) -> tuple[int, int, int]:
@@ -89,9 +95,7 @@ class ImageSampler:
         for module in (self._rae, self._model, self._guide):
             if module is not None:
                 module.eval()
-        count = len(rows)
-        rows, labels = (pad_rows(t, runtime.mesh.size) for t in (rows, labels))
-        batch = runtime.put({"rows": rows, "labels": labels})
+        batch = share_rows(runtime, {"rows": rows, "labels": labels})
 
         @runtime.compile
         def normal(rows: Tensor, step: Tensor) -> Tensor:
@@ -109,7 +113,7 @@ class ImageSampler:
             draws_of(0), batch["labels"], lambda step, _: draws_of(step + 1), progress
         )
         results = {"pixels": decode(latents)} | ({"latents": latents} if keep_latents else {})
-        return {name: whole[:count] for name, whole in runtime.to_host(results).items()}
+        return collect_rows(runtime, batch, results)
 
     def _solve(
         self,

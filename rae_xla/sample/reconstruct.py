@@ -16,7 +16,8 @@ from rae_xla.data.transforms import center_crop, to_rgb
 from rae_xla.errors import UserError
 from rae_xla.models.rae import RAE
 from rae_xla.runtime import Runtime
-from rae_xla.sample.pictures import Pixels, pad_rows, save_png, to_grid, to_pixels, to_unit
+from rae_xla.sample.pictures import Pixels, save_png, to_grid, to_pixels, to_unit
+from rae_xla.sample.rows import collect_rows, share_rows
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -37,8 +38,8 @@ def make_reconstruct(rae: RAE, runtime: Runtime) -> Callable[[Tensor], Pixels]:
             return to_pixels(rae(to_unit(images)), rounding=True)
 
     def reconstruct(images: Tensor) -> Pixels:
-        batch = runtime.put({"images": pad_rows(images, runtime.mesh.size)})
-        return runtime.to_host({"made": through(batch["images"])})["made"].numpy()[: len(images)]
+        batch = share_rows(runtime, {"images": images})
+        return collect_rows(runtime, batch, {"made": through(batch["images"])})["made"].numpy()
 
     return reconstruct
 
@@ -73,7 +74,8 @@ def read_image(path: Path, size: int) -> Pixels:
 def reconstruct_files(
     rae: RAE, runtime: Runtime, images: list[Path], *, root: Path, out: Path, batch: int
 ) -> float:
-    """Reconstruct files into ``out``, under their own names, and the first of them as a grid.
+    """Reconstruct files into ``out``, under their own names, and the first of them as a grid. All
+    processes reconstruct, process 0 writes.
 
     Args:
         rae: placed.
@@ -90,21 +92,24 @@ def reconstruct_files(
     size = rae.image_size
     shown: list[tuple[Pixels, Pixels]] = []
     ratios: list[float] = []
-    for start in tqdm(range(0, len(images), batch), unit="batch"):
+    writes = runtime.process_index == 0
+    for start in tqdm(range(0, len(images), batch), unit="batch", disable=not writes):
         chosen = images[start : start + batch]
         read = [read_image(path, size) for path in chosen]
         rows = np.stack(read + read[-1:] * (batch - len(read)))
         made = reconstruct(torch.from_numpy(rows).permute(0, 3, 1, 2).contiguous())
         for path, original, result in zip(chosen, read, made, strict=False):
             target = (out / path.relative_to(root)).with_suffix(".png")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            save_png(target, result)
+            if writes:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                save_png(target, result)
             ratios.append(psnr(original, result))
             if len(shown) < 10:
                 shown.append((original, result))
     columns = len(shown)
     pairs = [s[0] for s in shown] + [s[1] for s in shown]
-    save_png(out / "grid.png", to_grid(np.stack(pairs), columns))
+    if writes:
+        save_png(out / "grid.png", to_grid(np.stack(pairs), columns))
     return float(np.mean(ratios))
 
 

@@ -71,7 +71,8 @@ def write_set(
     out: Path,
     keep_latents: bool = False,
 ) -> Path:
-    """Draw the picture of every label that is not in ``out`` yet, then gather them all.
+    """Draw the picture of every label that is not in ``out`` yet, then gather them all. All
+    processes draw, process 0 writes.
 
     Args:
         sampler: draws the pictures.
@@ -86,28 +87,39 @@ def write_set(
     Returns:
         The path of the ``.npz``.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    runtime = sampler.runtime
+    writes = runtime.process_index == 0
     latents = None
-    if keep_latents:
-        latents = _open_latents(out / LATENTS_FILE, (len(labels), *sampler.latent_size))
-    missing = [i for i in range(len(labels)) if not _is_there(out, i, latents)]
-    with tqdm(total=len(labels), initial=len(labels) - len(missing), unit="image") as bar:
+    missing: list[int] = []
+    if writes:
+        out.mkdir(parents=True, exist_ok=True)
+        if keep_latents:
+            latents = _open_latents(out / LATENTS_FILE, (len(labels), *sampler.latent_size))
+        missing = [i for i in range(len(labels)) if not _is_there(out, i, latents)]
+    missing = json.loads(runtime.exchange(json.dumps(missing))[0])
+    done = len(labels) - len(missing)
+    with tqdm(total=len(labels), initial=done, unit="image", disable=not writes) as bar:
         for start in range(0, len(missing), batch):
             chosen = missing[start : start + batch]
             # every batch has the same shape; the last is filled up with its own last picture
             rows = torch.tensor(chosen + chosen[-1:] * (batch - len(chosen)), dtype=torch.int32)
-            if latents is None:
+            if not keep_latents:
                 pictures = sampler(seed, rows, labels[rows.long()])
             else:
                 pictures, drawn = sampler.with_latents(seed, rows, labels[rows.long()])
+            if not writes:
+                continue
+            if latents is not None:
                 latents[chosen] = drawn[: len(chosen)]
                 latents.flush()
             for i, picture in zip(chosen, pictures, strict=False):
                 save_png(_path(out, i), picture)
             bar.update(len(chosen))
+    path = out / "samples.npz"
+    if not writes:
+        return path
     pixels = np.stack([_read(_path(out, i)) for i in range(len(labels))])
     save_png(out / "grid.png", class_grid(pixels, labels))
-    path = out / "samples.npz"
     np.savez(path, arr_0=pixels, labels=labels.numpy())
     return path
 

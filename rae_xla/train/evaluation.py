@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from tqdm import tqdm
@@ -70,8 +71,10 @@ class ReconstructionEvaluator:
                     config.eval.reference_npz_path, self._features, runtime, image_size
                 )
 
-    def __call__(self, rae: RAE) -> dict[str, float]:
-        """Measure a placed autoencoder; every process of a run calls this together."""
+    def __call__(self, rae: RAE, moved: Callable[[], None]) -> dict[str, float]:
+        """Measure a placed autoencoder; every process of a run calls this together. ``moved`` is
+        called after every group of images.
+        """
         report = evaluate_reconstruction(
             rae,
             self._runtime,
@@ -83,6 +86,7 @@ class ReconstructionEvaluator:
             features=self._features,
             reference=self._reference,
             num_workers=self._workers,
+            moved=moved,
         )
         if report.reference is not None and self._runtime.process_index == 0 and not self._said:
             tqdm.write(f"eval/rfid is against {report.reference}", file=sys.stderr)

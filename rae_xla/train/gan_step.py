@@ -5,20 +5,21 @@ discriminator, Sauer et al. 2023).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from rae_xla.models.diffaug import diff_augment
 from rae_xla.models.discriminator import DinoDiscriminator
 from rae_xla.models.gan_losses import DISCRIMINATOR_LOSSES, adaptive_weight, vanilla_g
 from rae_xla.models.lpips import LPIPS
 from rae_xla.models.rae import RAE
-from rae_xla.runtime import Batch
+from rae_xla.runtime import Batch, Runtime
 from rae_xla.runtime.random import Draws
 from rae_xla.sample.pictures import to_unit
 from rae_xla.train.adamw import AdamW
@@ -77,7 +78,7 @@ def make_gan_step(
     phase: Phase,
     training: TrainingConfig,
     gan: GanConfig,
-    autocast: Callable[[], AbstractContextManager[Any]],
+    runtime: Runtime,
 ) -> Step:
     """Build the step of a phase: first the decoder's update, then the discriminator's.
 
@@ -88,14 +89,14 @@ def make_gan_step(
     The step's batch carries ``lr`` and, where the discriminator learns, the rate of each of its
     updates (``disc_rate``) and ``disc_count``, how many came before; all 0-d.
     """
-    decoder = _DecoderUpdate(networks, state, phase, training, gan, autocast)
-    discriminator = _DiscriminatorUpdate(networks, state, training, gan, autocast)
+    decoder = _DecoderUpdate(networks, state, phase, training, gan, runtime)
+    discriminator = _DiscriminatorUpdate(networks, state, training, gan, runtime)
 
     def step(batch: Batch) -> Figures:
         parts = []
         for rows in split_batch(batch, training.grad_accum_steps):
             images = to_unit(rows["image"])
-            with autocast():
+            with runtime.autocast():
                 tokens = networks.rae.encode_tokens(images)
             draws = Draws(training.global_seed, rows["step"], rows["row"])
             parts.append(_Part(images, tokens, draws))
@@ -142,7 +143,7 @@ class _DecoderUpdate:
     phase: Phase
     training: TrainingConfig
     gan: GanConfig
-    autocast: Callable[[], AbstractContextManager[Any]]
+    runtime: Runtime
 
     def __call__(self, parts: list[_Part], batch: Batch) -> Figures:
         trained, training = self.state.model, self.training
@@ -151,16 +152,18 @@ class _DecoderUpdate:
         for part in parts:
             with _mode(self.networks.rae.decoder, training=True):
                 shares.append(self._backward(part, 1 / len(parts)))
-        figures = {name: torch.stack([s[name] for s in shares]).mean(0) for name in shares[0]}
+        figures = _averaged(shares, self.runtime)
         figures["train/grad_norm"], figures["train/skipped"] = apply_gradients(
             trained,
             AdamW.of(training.optimizer),
             figures["train/loss"],
             batch["lr"],
             batch["step"],
+            self.runtime,
             training.clip_grad,
+            skip_norm=training.skip_grad_norm,
         )
-        update_ema(self.state.ema, trained.module, training.ema_decay)
+        update_ema(self.state.ema, trained.module, training.ema_decay, self.runtime.parts)
         return figures
 
     def _backward(self, part: _Part, share: float) -> Figures:
@@ -170,13 +173,13 @@ class _DecoderUpdate:
         to the last layer, which the adaptive weight compares, is one small product from there, and
         their weighted sum goes back through the decoder once: no network is walked back twice.
         """
-        made = self._reconstruct(part)
+        made, before_last = self._reconstruct(part)
         image = made.detach().requires_grad_()
         figures = {"train/l1": (image - part.images).abs().mean()}
         total = figures["train/l1"]
         if self.phase.lpips:
             assert self.networks.lpips is not None
-            with self.autocast():
+            with self.runtime.autocast():
                 distances = self.networks.lpips(_to_signed(part.images), _to_signed(image))
             figures["train/lpips"] = distances.mean()
             total = total + self.gan.loss.perceptual_weight * figures["train/lpips"]
@@ -184,10 +187,7 @@ class _DecoderUpdate:
         if self.phase.gan:
             loss = self._adversarial_loss(image, part)
             [theirs] = torch.autograd.grad(loss, image)
-            last = self.networks.rae.decoder.decoder_pred.weight
-            at_last, theirs_at_last = (
-                torch.autograd.grad(made, last, g, retain_graph=True)[0] for g in (gradient, theirs)
-            )
+            at_last, theirs_at_last = self._at_last_layer(before_last, (gradient, theirs))
             weight = adaptive_weight(at_last, theirs_at_last, self.gan.loss.max_d_weight)
             factor = self.gan.loss.disc_weight * weight
             gradient = gradient + factor * theirs
@@ -196,20 +196,46 @@ class _DecoderUpdate:
         made.backward(gradient * share)
         return {"train/loss": total.detach()} | {k: v.detach() for k, v in figures.items()}
 
-    def _reconstruct(self, part: _Part) -> Tensor:
-        """Reconstructions (B, 3, H, W), in float32, from noised latents."""
+    def _reconstruct(self, part: _Part) -> tuple[Tensor, Tensor]:
+        """Reconstructions (B, 3, H, W), in float32, from noised latents; and what the decoder's
+        last layer made them of, (B, 1 + N, width).
+        """
         rae, tokens = self.networks.rae, part.tokens
-        with self.autocast():
+        given: list[Tensor] = []
+        hook = rae.decoder.decoder_pred.register_forward_pre_hook(
+            lambda _, inputs: given.append(inputs[0].detach())
+        )
+        with self.runtime.autocast():
             if rae.noise_tau > 0:
                 noise = part.draws.normal("latent noise", tuple(tokens.shape[1:]))
                 tokens = rae.add_noise(tokens, (part.draws.uniform("noise level"), noise))
-            return rae.decode(rae.to_latents(tokens)).float()
+            made = rae.decode(rae.to_latents(tokens)).float()
+        hook.remove()
+        return made, given[0]
+
+    def _at_last_layer(self, inputs: Tensor, gradients: Sequence[Tensor]) -> list[Tensor]:
+        """Gradients with respect to the decoder's last weight, over the global batch, of what has
+        these gradients with respect to the image.
+
+        What the layer was given decides them; its weight, of which a process may hold a part, does
+        not: any other would give the same.
+        """
+        rae, layer = self.networks.rae, self.networks.rae.decoder.decoder_pred
+        weight = torch.zeros(
+            layer.out_features, layer.in_features, device=inputs.device, requires_grad=True
+        )
+        with self.runtime.autocast():
+            patches = F.linear(inputs, weight)[:, 1:]
+            image = (rae.decoder.unpatchify(patches) * rae.encoder_std).float()
+        return self.runtime.average(
+            [torch.autograd.grad(image, weight, g, retain_graph=True)[0] for g in gradients]
+        )
 
     def _adversarial_loss(self, image: Tensor, part: _Part) -> Tensor:
         disc = self.networks.disc
         assert disc is not None
         shown = augment(_to_signed(image), part.draws, "augment for decoder", self.gan)
-        with _mode(disc, training=False), self.autocast():
+        with _mode(disc, training=False), self.runtime.autocast():
             return vanilla_g(disc(shown))
 
 
@@ -219,20 +245,21 @@ class _DiscriminatorUpdate:
     state: TrainState
     training: TrainingConfig
     gan: GanConfig
-    autocast: Callable[[], AbstractContextManager[Any]]
+    runtime: Runtime
 
     def __call__(self, parts: list[_Part], batch: Batch, number: int) -> Figures:
         trained = self.state.disc
         assert trained is not None
         clear_gradients(trained)
         shares = [self._backward(part, number, 1 / len(parts)) for part in parts]
-        figures = {name: torch.stack([s[name] for s in shares]).mean(0) for name in shares[0]}
+        figures = _averaged(shares, self.runtime)
         figures["disc/grad_norm"], figures["disc/skipped"] = apply_gradients(
             trained,
             AdamW.of(self.gan.disc.optimizer),
             figures["disc/loss"],
             batch[disc_rate(number)],
             batch["disc_count"] + number,
+            self.runtime,
         )
         return figures
 
@@ -252,7 +279,7 @@ class _DiscriminatorUpdate:
     @torch.no_grad()
     def _reconstruct(self, part: _Part) -> Tensor:
         rae = self.networks.rae
-        with _mode(rae.decoder, training=False), self.autocast():
+        with _mode(rae.decoder, training=False), self.runtime.autocast():
             return rae.decode(rae.to_latents(part.tokens)).float()
 
     def _logits(self, images: Tensor, kind: str, number: int, part: _Part) -> Tensor:
@@ -260,12 +287,18 @@ class _DiscriminatorUpdate:
         disc = self.networks.disc
         assert disc is not None
         shown = augment(images, part.draws, f"augment {kind} {number}", self.gan)
-        with _mode(disc, training=True), self.autocast():
+        with _mode(disc, training=True), self.runtime.autocast():
             with torch.no_grad():
                 features = disc.features(shown)
             # Not by torch.compile: its backward takes the singular vectors from the buffers, which
             # the forward of the other kind of images has advanced by then.
             return torch.compiler.disable(disc.heads_forward)(features)
+
+
+def _averaged(shares: Sequence[Figures], runtime: Runtime) -> Figures:
+    """Figures of the parts of a batch: their means over it."""
+    means = {name: torch.stack([share[name] for share in shares]).mean(0) for name in shares[0]}
+    return dict(zip(means, runtime.average(list(means.values())), strict=True))
 
 
 def augment(images: Tensor, draws: Draws, purpose: str, gan: GanConfig) -> Tensor:

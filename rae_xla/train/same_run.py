@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import socket
@@ -51,10 +52,7 @@ def check_hosts(
     """
     samples = stream.global_ids(step)[stream.first : stream.last]
     facts = {
-        "code": (
-            f"rae_xla {rae_xla.__version__} {_code_hash()}, torch {torch.__version__}, "
-            f"Pillow {PIL.__version__}"
-        ),
+        "code": code_version(),
         "configuration": _digest(_shared_settings(config)),
         "shards": _digest(data.fingerprint),
         "first step": str(step),
@@ -121,6 +119,15 @@ def _shared_settings(config: RunConfig) -> dict[str, object]:
     }
 
 
+def code_version() -> str:
+    """What decides a run's numbers beside its configuration: our source and two libraries."""
+    return (
+        f"rae_xla {rae_xla.__version__} {_code_hash()}, torch {torch.__version__}, "
+        f"Pillow {PIL.__version__}"
+    )
+
+
+@functools.cache
 def _code_hash() -> str:
     """Of the package's own source: a version number does not tell an edited checkout."""
     folder = Path(rae_xla.__file__).parent

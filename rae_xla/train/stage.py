@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Protocol
 
 from torch import Tensor, nn
 
+from rae_xla.runtime import Runtime
 from rae_xla.sample.pictures import Pixels
 from rae_xla.train.state import TrainState
 from rae_xla.train.step import Step
@@ -40,8 +41,10 @@ class Stage(Protocol):
         """What kind of step number ``step`` is (from 0). Each kind is compiled once."""
         ...
 
-    def make_step(self, phase: Hashable, state: TrainState) -> Step:
-        """The step of a phase, not yet compiled."""
+    def make_step(self, phase: Hashable, state: TrainState, runtime: Runtime | None = None) -> Step:
+        """The step of a phase, not yet compiled; ``runtime`` is where the state is, if that is not
+        the run's.
+        """
         ...
 
     def inputs(self, step: int) -> dict[str, Tensor]:
@@ -60,6 +63,8 @@ class Stage(Protocol):
         """A picture, (H, W, 3) uint8, of what the model can do by now."""
         ...
 
-    def evaluate(self, state: TrainState) -> dict[str, float]:
-        """Figures of quality, by name (``eval/psnr``)."""
+    def evaluate(self, state: TrainState, moved: Callable[[], None]) -> dict[str, float]:
+        """Figures of quality, by name (``eval/psnr``). ``moved`` is called now and then, for a
+        watchdog to see that it goes on.
+        """
         ...

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 class Stage1:
     """L1, LPIPS and a GAN between an image and its reconstruction from noised latents.
 
-    See ``Stage``.
+    See ``Stage``. Without data a stage can be planned: it has no images to show.
 
     Raises:
         UserError: when the decoder does not return images of ``data.image_size``, or a file that
@@ -43,7 +43,7 @@ class Stage1:
     """
 
     def __init__(
-        self, config: RunConfig, runtime: Runtime, data: Mixture, steps_per_epoch: int
+        self, config: RunConfig, runtime: Runtime, data: Mixture | None, steps_per_epoch: int
     ) -> None:
         if config.stage_1 is None:
             raise UserError("stage 1 trains the decoder of a stage_1 section, and there is none")
@@ -69,7 +69,9 @@ class Stage1:
             self.frozen["lpips"] = self._lpips
         if self._disc is not None:
             self.frozen["backbone"] = self._disc.backbone
-        self._shown = first_images(data, config.training.num_samples, config.data.image_size)
+        self._shown = torch.empty(0, 3, config.data.image_size, config.data.image_size)
+        if data is not None:
+            self._shown = first_images(data, config.training.num_samples, config.data.image_size)
         self._evaluate = None
         if config.eval is not None:
             self._evaluate = ReconstructionEvaluator(
@@ -99,7 +101,7 @@ class Stage1:
                 inputs[disc_rate(number)] = torch.tensor(rate, dtype=torch.float32)
         return inputs
 
-    def make_step(self, phase: Hashable, state: TrainState) -> Step:
+    def make_step(self, phase: Hashable, state: TrainState, runtime: Runtime | None = None) -> Step:
         """The decoder's update, and from its phase on the discriminator's."""
         return make_gan_step(
             Networks(self._rae, self._lpips, self._disc),
@@ -107,13 +109,12 @@ class Stage1:
             cast("Phase", phase),
             self._config.training,
             self._gan,
-            self._runtime.autocast,
+            runtime or self._runtime,
         )
 
     def publish(self, state: StateDict) -> dict[str, Tensor]:
         """The whole RAE: the encoder as it always was, and this decoder."""
-        encoder = self._runtime.to_host(self._rae.encoder.state_dict())
-        return _under("encoder", encoder) | _under("decoder", state)
+        return _under("encoder", self._rae.encoder.state_dict()) | _under("decoder", state)
 
     def unpublish(self, state: StateDict) -> dict[str, Tensor]:
         """The decoder's part."""
@@ -134,7 +135,7 @@ class Stage1:
         captions = ("input", "decoder", "average", "error x 4")
         return to_grid(np.concatenate(rows), columns=len(real), captions=captions)
 
-    def evaluate(self, state: TrainState) -> dict[str, float]:
+    def evaluate(self, state: TrainState, moved: Callable[[], None]) -> dict[str, float]:
         """Quality of the averaged decoder's reconstructions, and of the decoder's if asked for."""
         if self._evaluate is None:
             return {}
@@ -144,7 +145,7 @@ class Stage1:
         return {
             f"{prefix}/{name}": value
             for prefix, decoder in decoders.items()
-            for name, value in self._evaluate(with_decoder(self._rae, decoder)).items()
+            for name, value in self._evaluate(with_decoder(self._rae, decoder), moved).items()
         }
 
 

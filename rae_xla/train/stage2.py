@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
@@ -30,16 +30,19 @@ if TYPE_CHECKING:
 class Stage2:
     """Flow matching on the latents of a frozen RAE; see ``Stage``.
 
+    Without data a stage can be planned: its labels are not checked.
+
     Raises:
         UserError: when a section is missing or the shards hold labels the model has no class for.
     """
 
     def __init__(
-        self, config: RunConfig, runtime: Runtime, data: Mixture, steps_per_epoch: int
+        self, config: RunConfig, runtime: Runtime, data: Mixture | None, steps_per_epoch: int
     ) -> None:
         if config.stage_1 is None or config.stage_2 is None:
             raise UserError("stage 2 needs both a stage_1 section (the RAE) and a stage_2 section")
-        data.check_labels(config.misc.num_classes)
+        if data is not None:
+            data.check_labels(config.misc.num_classes)
         self._config, self._runtime = config, runtime
         training = config.training
         self._schedule = make_schedule(training.optimizer, training.scheduler, steps_per_epoch)
@@ -57,7 +60,7 @@ class Stage2:
         """The learning rate."""
         return {"lr": torch.tensor(self._schedule(step), dtype=torch.float32)}
 
-    def make_step(self, phase: Hashable, state: TrainState) -> Step:
+    def make_step(self, phase: Hashable, state: TrainState, runtime: Runtime | None = None) -> Step:
         """Flow matching, AdamW, EMA."""
         training = self._config.training
         return make_train_step(
@@ -68,7 +71,8 @@ class Stage2:
             ema_decay=training.ema_decay,
             clip_grad=training.clip_grad,
             accumulate=training.grad_accum_steps,
-            autocast=self._runtime.autocast,
+            runtime=runtime or self._runtime,
+            skip_norm=training.skip_grad_norm,
         )
 
     def _losses(self, batch: Batch, draws: Draws) -> Tensor:
@@ -100,6 +104,6 @@ class Stage2:
         sampler = ImageSampler(plain, self._runtime, self.frozen, state.ema)
         return to_grid(sampler(config.training.global_seed, rows, labels), columns=count)
 
-    def evaluate(self, state: TrainState) -> dict[str, float]:
+    def evaluate(self, state: TrainState, moved: Callable[[], None]) -> dict[str, float]:
         """None yet: generated images are judged by ``rae-xla sample`` and tools of the field."""
         return {}

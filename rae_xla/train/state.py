@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,15 +110,23 @@ def _with_moments(
             name: torch.zeros(p.shape) if saved is None else saved[f"{name}/{moment}"]
             for name, p in trained.parameters().items()
         }
-        trained.moments[moment] = runtime.place_tensors(host)
+        trained.moments[moment] = runtime.place_tensors(host, like=module)
     return trained
 
 
 @torch.no_grad()
-def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
-    """``ema <- decay * ema + (1 - decay) * model`` over every parameter; buffers are left alone."""
+def update_ema(
+    ema: nn.Module,
+    model: nn.Module,
+    decay: float,
+    parts: Callable[[Sequence[Tensor]], list[Tensor]] = list,
+) -> None:
+    """``ema <- decay * ema + (1 - decay) * model`` over every parameter; buffers are left alone.
+
+    ``parts`` is the runtime's: this process averages what it holds of both, split alike.
+    """
     averages = dict(ema.named_parameters())
     names, values = zip(*model.named_parameters(), strict=True)
-    chosen: list[Tensor] = [averages[name] for name in names]
+    chosen = parts([averages[name] for name in names])
     torch._foreach_mul_(chosen, decay)
-    torch._foreach_add_(chosen, list(values), alpha=1 - decay)
+    torch._foreach_add_(chosen, parts(values), alpha=1 - decay)

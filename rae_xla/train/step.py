@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from rae_xla.runtime import Batch
+from rae_xla.runtime import Batch, Runtime
 from rae_xla.runtime.random import Draws
 from rae_xla.train.adamw import AdamW
 from rae_xla.train.state import Trained, TrainState, update_ema
@@ -50,7 +48,8 @@ def make_train_step(
     ema_decay: float,
     clip_grad: float | None,
     accumulate: int,
-    autocast: Callable[[], AbstractContextManager[Any]],
+    runtime: Runtime,
+    skip_norm: float | None = None,
 ) -> Step:
     """Build the step: draws, forward, loss, backward, clip, AdamW, EMA.
 
@@ -63,22 +62,24 @@ def make_train_step(
         clip_grad: largest L2 norm of the whole gradient; None or 0 leaves it as it is.
         accumulate: parts the batch is worked through in. The gradient is the mean over the whole
             batch, so the result is that of one part up to rounding.
-        autocast: the precision context of forward and loss.
+        runtime: where the state is.
+        skip_norm: a step whose gradient has a larger L2 norm is skipped.
     """
 
     def step(batch: Batch) -> dict[str, Tensor]:
         clear_gradients(state.model)
         total = torch.zeros((), device=batch["row"].device)
         for part in split_batch(batch, accumulate):
-            with autocast():
+            with runtime.autocast():
                 losses = loss_fn(part, Draws(seed, part["step"], part["row"]))
             loss = losses.float().mean() / accumulate
             loss.backward()
             total = total + loss.detach()
+        [total] = runtime.average([total])
         norm, skipped = apply_gradients(
-            state.model, optimizer, total, batch["lr"], batch["step"], clip_grad
+            state.model, optimizer, total, batch["lr"], batch["step"], runtime, clip_grad, skip_norm
         )
-        update_ema(state.ema, state.model.module, ema_decay)
+        update_ema(state.ema, state.model.module, ema_decay, runtime.parts)
         return {"train/loss": total, "train/grad_norm": norm, "train/skipped": skipped}
 
     return Step(step)
@@ -97,36 +98,40 @@ def apply_gradients(
     loss: Tensor,
     lr: Tensor,
     count: Tensor,
+    runtime: Runtime,
     clip_grad: float | None = None,
+    skip_norm: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One update from the gradients that are there, unless a number in it is not finite.
+    """One update from the gradients that are there, unless a number in it is not finite, or the
+    gradient too large.
 
     Args:
         trained: what is updated in place.
         optimizer: how.
-        loss: 0-d, what the gradients are of.
+        loss: 0-d, what the gradients are of, over the global batch.
         lr: 0-d, the learning rate.
         count: 0-d, how many updates came before.
+        runtime: where all that is.
         clip_grad: largest L2 norm of the whole gradient; None or 0 leaves it as it is.
+        skip_norm: largest norm before clipping with which anything is updated; None: infinity.
 
     Returns:
         The norm of the gradient before clipping, and 1 where the update was skipped because that
-        norm or the loss is not finite, else 0; both 0-d.
+        norm or the loss is not finite, or the norm above ``skip_norm``, else 0; both 0-d.
     """
-    parameters = trained.parameters()
-    gradients = [_gradient(parameter) for parameter in parameters.values()]
-    norm = torch.nn.utils.get_total_norm(gradients)
-    finite = torch.isfinite(norm) & torch.isfinite(loss)
+    parameters = list(trained.parameters().values())
+    gradients = runtime.gradients(parameters)
+    norm = runtime.norm(gradients)
+    useful = torch.isfinite(norm) & torch.isfinite(loss)
+    if skip_norm is not None:
+        useful = useful & (norm <= skip_norm)
+    gradients = runtime.parts(gradients)
     if clip_grad:
         factor = (clip_grad / (norm + 1e-6)).clamp(max=1.0)
         gradients = list(torch._foreach_mul(gradients, factor))
-    first, second = (list(moments.values()) for moments in trained.moments.values())
-    optimizer.update(list(parameters.values()), gradients, first, second, lr, count, where=finite)
-    return norm, (~finite).float()
-
-
-def _gradient(parameter: Tensor) -> Tensor:
-    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    first, second = (runtime.parts(list(of.values())) for of in trained.moments.values())
+    optimizer.update(runtime.parts(parameters), gradients, first, second, lr, count, where=useful)
+    return norm, (~useful).float()
 
 
 def split_batch(batch: Batch, parts: int) -> list[Batch]:

@@ -95,14 +95,15 @@ class Tracker:
 
 
 _PLAIN_ON_CONSOLE = ("train/", "opt/", "perf/")
-_SILENT_AT_ZERO = ("skipped", "fallbacks", "compilations", "bad_samples")
+_SILENT_AT_ZERO = ("skipped", "fallbacks", "compilations", "bad_samples", "paused")
+_NOT_ON_CONSOLE = ("images_per_second_per_chip", "host_memory_gb")
 
 
 def _console_line(step: int, figures: Mapping[str, float]) -> str:
     shown = {}
     for name, value in figures.items():
         room, _, rest = name.rpartition("/")
-        if value or rest not in _SILENT_AT_ZERO:
+        if rest not in _NOT_ON_CONSOLE and (value or rest not in _SILENT_AT_ZERO):
             shown[rest if room + "/" in _PLAIN_ON_CONSOLE else name] = value
     return f"step {step:>7d}  " + "  ".join(f"{k} {v:.4g}" for k, v in shown.items())
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -14,9 +17,17 @@ from rae_xla.runtime import Runtime
 from rae_xla.train.plan import Plan
 from rae_xla.train.step import Step
 
+T = TypeVar("T")
+
 Figures = dict[str, float]
 
 SKIPPED = "/skipped"
+
+AHEAD = 2
+"""Steps the devices may have been asked for and not finished: one that they compute, and one that
+is there when they come to it. With fewer they would wait for the host; more would only pile up
+batches in their memory, for nothing else holds the host back.
+"""
 
 
 @dataclass(frozen=True)
@@ -35,72 +46,126 @@ class Window:
     skipped_in_a_row: int
 
 
-class Windows:
-    """Gathers the metrics of steps on the devices and reads them one step later.
+@dataclass
+class _Taken:
+    """A step that was asked for, and how to get its figures."""
 
-    The step after the window is on its way to the devices by then, so reading does not stall them.
-    A step that compiles is left out of the timing.
+    step: Step
+    fetch: Callable[[], Tensor]
+    figures: Figures | None = field(default=None, init=False)
+
+    def read(self) -> Figures:
+        """Its figures; waits for it."""
+        if self.figures is None:
+            self.figures = dict(zip(self.step.names, self.fetch().tolist(), strict=True))
+        return self.figures
+
+
+class Windows:
+    """Gathers the metrics of steps on the devices and reads them when they are there.
+
+    A window is read one step late: the step after it is on its way to the devices by then, so
+    reading does not stall them. A step that compiles is left out of the timing.
     """
 
     def __init__(self, plan: Plan, runtime: Runtime) -> None:
         self._plan, self._runtime = plan, runtime
-        self._closed: tuple[int, list[tuple[Step, Tensor]], Figures] | None = None
+        self._chip = runtime.chip()
+        self._closed: tuple[int, list[_Taken], Figures] | None = None
+        self._under_way: deque[_Taken] = deque()
         self._timed_steps: set[int] = set()
         self._in_a_row = 0
         self._begin()
 
     def _begin(self) -> None:
-        self._metrics: list[tuple[Step, Tensor]] = []
-        self._timed, self._waited, self._paused = 0, 0.0, 0.0
+        self._taken: list[_Taken] = []
+        self._begin_timing()
+
+    def _begin_timing(self) -> None:
+        self._timed, self._flops = 0, 0.0
+        self._for_data, self._for_devices, self._paused = 0.0, 0.0, 0.0
         self._since = time.perf_counter()
 
+    def waiting(self, batches: Iterator[T]) -> Iterator[T]:
+        """Pass on what comes; until it comes, there is no data."""
+        while True:
+            start = time.perf_counter()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            self._for_data += time.perf_counter() - start
+            yield batch
+
     @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Time spent here is time without data."""
+    def _waiting_for_devices(self) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        self._waited += time.perf_counter() - start
+        self._for_devices += time.perf_counter() - start
 
     @contextmanager
     def pause(self) -> Iterator[None]:
         """Time spent here is no training time."""
-        self._runtime.synchronize()
+        with self._waiting_for_devices():
+            self._runtime.synchronize()
         start = time.perf_counter()
         yield
         self._paused += time.perf_counter() - start
 
-    def add(self, step: Step, metrics: Tensor) -> None:
-        """One step's metrics, still on the devices."""
-        self._metrics.append((step, metrics))
+    def add(self, step: Step, metrics: Tensor, flops_per_image: float | None = None) -> None:
+        """One step's metrics, still on the devices.
+
+        Waits until no more than ``AHEAD`` steps are under way.
+        """
+        taken = _Taken(step, self._runtime.fetch_later(metrics))
+        self._taken.append(taken)
+        self._under_way.append(taken)
         self._timed += 1
+        self._flops += self._plan.global_batch * (flops_per_image or 0.0)
         if id(step) not in self._timed_steps:  # its first time
             self._runtime.synchronize()
             self._timed_steps.add(id(step))
-            self._timed, self._waited, self._paused = 0, 0.0, 0.0
-            self._since = time.perf_counter()
+            self._begin_timing()
+        if len(self._under_way) > AHEAD:
+            self._read([self._under_way.popleft()])
 
     def close(self, step: int, scalars: Figures) -> None:
         """End the window with ``step``, the number of steps taken, and begin the next one."""
-        seconds = time.perf_counter() - self._since - self._paused
-        figures: Figures = {**scalars, "epoch": step / self._plan.per_epoch}
-        if self._timed:
-            figures |= {
-                "perf/step_time": seconds / self._timed,
-                "perf/images_per_second": self._timed * self._plan.global_batch / seconds,
-                "perf/data_wait": self._waited / seconds,
-            }
+        figures = {**scalars, "epoch": step / self._plan.per_epoch} | self._performance()
         figures["perf/compilations"] = self._runtime.compilations()
         figures["perf/fallbacks"] = sum(self._runtime.fallbacks().values())
-        self._closed = (step, self._metrics, figures)
+        self._closed = (step, self._taken, figures)
         self._begin()
+
+    def _performance(self) -> Figures:
+        figures: Figures = {"perf/paused": self._paused}
+        seconds = time.perf_counter() - self._since - self._paused
+        if self._timed:
+            rate = self._timed * self._plan.global_batch / seconds
+            devices = self._runtime.mesh.size
+            figures |= {
+                "perf/step_time": seconds / self._timed,
+                "perf/host_time": (seconds - self._for_data - self._for_devices) / self._timed,
+                "perf/data_wait": self._for_data / seconds,
+                "perf/images_per_second": rate,
+                "perf/images_per_second_per_chip": rate / devices,
+            }
+            if self._flops and self._chip is not None:
+                figures["perf/mfu"] = self._flops / seconds / (devices * self._chip.peak_flops)
+        if (memory := self._runtime.memory()) is not None:
+            used = memory.used if memory.peak is None else memory.peak
+            figures["perf/memory_gb"] = used / 1e9
+        with suppress(OSError):
+            figures["perf/host_memory_gb"] = _resident_bytes() / 1e9
+        return figures
 
     def take(self) -> Window | None:
         """The closed window, if there is one."""
         if self._closed is None:
             return None
-        number, metrics, figures = self._closed
+        number, taken, figures = self._closed
         self._closed = None
-        steps = self._read(metrics)
+        steps = self._read(taken)
         worst = 0
         for step in steps:
             self._in_a_row = self._in_a_row + 1 if _skipped(step) else 0
@@ -111,16 +176,19 @@ class Windows:
         """How many steps in a row, the last one taken included, were skipped. Waits for them."""
         closed = self._closed[1] if self._closed is not None else []
         count = self._in_a_row
-        for step in self._read([*closed, *self._metrics]):
+        for step in self._read([*closed, *self._taken]):
             count = count + 1 if _skipped(step) else 0
         return count
 
-    def _read(self, metrics: Sequence[tuple[Step, Tensor]]) -> list[Figures]:
-        vectors = self._runtime.fetch([vector for _, vector in metrics])
-        return [
-            dict(zip(step.names, vector.tolist(), strict=True))
-            for (step, _), vector in zip(metrics, vectors, strict=True)
-        ]
+    def _read(self, taken: Sequence[_Taken]) -> list[Figures]:
+        with self._waiting_for_devices():
+            return [step.read() for step in taken]
+
+
+def _resident_bytes() -> int:
+    """Memory of this process; raises ``OSError`` where there is no /proc."""
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _skipped(step: Figures) -> bool:

@@ -204,8 +204,9 @@ def test_a_second_command_into_the_same_folder(images, tmp_path, uninterrupted):
     out = tmp_path / "out"
     process = _start(images, out, 2)
     _wait(lambda: len(_on_record(out)) >= 1, "a finished shard")
+    os.killpg(process.pid, signal.SIGSTOP)  # it must not end before the second has looked
     second = subprocess.run(_command(images, out, 2), capture_output=True, text=True, timeout=60)
-    assert process.poll() is None, "it ended too early"
+    os.killpg(process.pid, signal.SIGCONT)
     assert second.returncode == 2
     [message] = [line for line in second.stderr.splitlines() if line]
     assert f"{out}: shards are being written here by process {process.pid}" in message

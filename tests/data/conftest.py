@@ -51,16 +51,6 @@ def image_folder(tmp_path: Path) -> Path:
     return root
 
 
-@pytest.fixture(scope="session")
-def gcs() -> Iterator[GcsEmulator]:
-    """A storage server of this worker's own, which ``gs://`` means while it runs."""
-    with GcsEmulator() as emulator, pytest.MonkeyPatch.context() as environment:
-        emulator.create_bucket("shards")
-        for name, value in emulator.environment().items():
-            environment.setenv(name, value)
-        yield emulator
-
-
 @pytest.fixture
 def bucket(gcs: GcsEmulator) -> Iterator[str]:
     """A fresh folder in the bucket; afterwards neither it nor any fault or delay is left."""

@@ -6,18 +6,15 @@ import torch
 
 from rae_xla.errors import UserError
 from rae_xla.evaluate.reference import Reference, load_reference
+from rae_xla.runtime.mesh import MeshShape
 
 SIZE = 16
-
-
-class Mesh:
-    size = 1
 
 
 class Host:
     """As much of a runtime as is needed: everything stays where it is."""
 
-    mesh = Mesh()
+    mesh = MeshShape(data=1, fsdp=1)
     process_index, process_count = 0, 1
 
     def put(self, batch):

@@ -92,7 +92,7 @@ def test_several_sources(world, tmp_path):
     assert saved["data"]["train"] == [world["shards"], second]
     other = train(world, "run", "training.steps=16", sources)
     assert other.returncode == 2
-    assert "holds a run on other training data" in other.stderr
+    assert "holds checkpoints of a run on other training data" in other.stderr
     os.rename(second, tmp_path / "moved")
     gone = train(world, "gone", sources)
     assert gone.returncode == 2

@@ -5,7 +5,6 @@ on how the images were fed, not what the numbers are worth.
 """
 
 import json
-from types import SimpleNamespace
 
 import pytest
 from random_loss_networks import write_vgg16
@@ -52,8 +51,8 @@ def expected(world):
         (4, 64, []),
         pytest.param(1, 1, [], marks=slow),
         pytest.param(4, 1, [], marks=slow),
-        pytest.param(4, 7, ["mesh.data=2", "mesh.fsdp=2"], marks=slow),
-        pytest.param(4, 64, ["mesh.data=4"], marks=slow),
+        pytest.param(4, 7, ["mesh.ici.data=2", "mesh.ici.fsdp=2"], marks=slow),
+        pytest.param(4, 64, ["mesh.ici.data=4"], marks=slow),
     ],
 )
 def test_neither_the_batch_nor_the_devices_change_a_number(
@@ -69,7 +68,7 @@ def test_a_second_evaluation_compiles_nothing(world):
     """As while training: the networks are placed once, the decoder's weights have changed."""
     import torch
 
-    from rae_xla.config import load_config
+    from rae_xla.config import MeshConfig, RuntimeConfig, load_config
     from rae_xla.data.shards import open_index
     from rae_xla.evaluate.inception import FeatureNetwork, load_inception
     from rae_xla.evaluate.reconstruction import evaluate_reconstruction
@@ -77,10 +76,7 @@ def test_a_second_evaluation_compiles_nothing(world):
     from rae_xla.registry import instantiate
     from rae_xla.runtime import start
 
-    settings = SimpleNamespace(
-        backend="xla", precision="fp32", compile=False, compile_cache=None, devices=4
-    )
-    runtime = start(settings, SimpleNamespace(data=1, fsdp=-1))
+    runtime = start(RuntimeConfig(backend="xla", devices=4), MeshConfig())
     rae = instantiate(load_config(str(world["stage2"])).stage_1)
     runtime.place(rae).train()
     weights = [str(world["folder"] / name) for name in ("vgg16.pth", "inception.pth")]

@@ -5,7 +5,6 @@ import re
 
 import numpy as np
 import pytest
-import torch
 from golden_case import GOLDEN
 from PIL import Image
 from random_networks import write_inception
@@ -16,6 +15,8 @@ from tiny import (
     make_shards,
     metrics,
     rae_xla,
+    same_bits,
+    saved,
     train_and_kill,
 )
 
@@ -23,7 +24,7 @@ from rae_xla.config import load_config
 from rae_xla.registry import instantiate
 
 PARTS = ("model", "ema", "optimizer", "disc", "disc_optimizer")
-LAST = "checkpoints/step-00000020.pt"
+LAST = "checkpoints/step-00000020"
 
 
 @pytest.fixture(scope="module")
@@ -83,8 +84,8 @@ def test_a_picture_of_inputs_reconstructions_and_errors(finished):
 
 
 def test_a_checkpoint_has_everything_under_the_published_keys(finished, world):
-    content = torch.load(finished[0] / LAST, weights_only=True)
-    assert {*PARTS, "step", "scheduler", "config"} == content.keys()
+    content = saved(finished[0])
+    assert {*PARTS, "step", "scheduler", "config"} == set(content)
     published = json.loads((GOLDEN / "keymaps/discriminator_S_16_ks3.json").read_text())["keys"]
     ours = {k: list(v.shape) for k, v in content["disc"].items()}
     head = {k: v for k, v in published.items() if k.startswith("heads.0.")}
@@ -97,18 +98,14 @@ def test_a_checkpoint_has_everything_under_the_published_keys(finished, world):
 
 def test_killed_in_every_phase_a_run_ends_with_the_same_bits(finished, world):
     folder = world["folder"] / "killed"
-    for step in (4, 9, 15):
+    for step in (4, 8, 14):
         train_and_kill("stage1", world["config"], folder, step=step)
         assert not (folder / LAST).exists(), "it was to be killed before its end"
     done = train(world, "killed")
     assert done.returncode == 0, done.stderr
     assert int(re.search(r"from step (\d+)", done.stderr)[1]) >= 14
     assert [line["step"] for line in metrics(folder)] == list(range(1, 21))
-    whole, resumed = (torch.load(f / LAST, weights_only=True) for f in (finished[0], folder))
-    for part in PARTS:
-        assert whole[part].keys() == resumed[part].keys()
-        for name, tensor in whole[part].items():
-            assert torch.equal(tensor, resumed[part][name]), f"{part}: {name}"
+    same_bits(finished[0], folder)
 
 
 def one_error(done, *patterns):
@@ -125,7 +122,7 @@ def test_steps_that_are_not_finite_are_skipped_and_a_run_of_them_ends_the_traini
     ruinous = ["training.scheduler.warmup_steps=0", "training.optimizer.lr=1e38",
                "training.max_skipped=4", "training.clip_grad=0"]  # fmt: skip
     done = train(world, "exploding", *ruinous)
-    one_error(done, r"4 steps in a row.*there is no checkpoint yet", "lower learning")
+    one_error(done, r"4 steps in a row.*there is no checkpoint from before them", "lower learning")
     lines = metrics(world["folder"] / "exploding")
     assert [line["train/skipped"] for line in lines][:4] == [0, 1, 1, 1]
     assert all("train/loss" not in line for line in lines[1:]), "no mean of nothing"
@@ -137,20 +134,22 @@ def test_the_last_checkpoint_before_the_skips_is_named(world, finished):
     """A learning rate that rises until everything overflows."""
     done = train(
         world, "rising", "training.clip_grad=0", "training.max_skipped=4", "training.steps=20",
+        "training.max_rollbacks=0",
         "training.scheduler.warmup_steps=4", "training.scheduler.decay_end_steps=5",
         "training.optimizer.lr=1e-4", "training.scheduler.final_lr=1e38",
     )  # fmt: skip
-    one_error(done, r"last good checkpoint.*step-00000004\.pt.*stage_1\.ckpt=")
-    path = world["folder"] / "rising/checkpoints/step-00000004.pt"
-    content = torch.load(path, weights_only=True)
+    one_error(done, r"last good checkpoint.*step-00000004\..*stage_1\.ckpt=")
+    content = saved(world["folder"] / "rising", step=4)
     assert all(t.abs().max() < 1e3 for t in content["model"].values() if t.is_floating_point())
 
 
 @pytest.mark.slow  # minutes where the CPU has no bf16
 def test_bf16_stays_near_fp32(finished, world):
-    done = train(world, "bf16", "runtime.precision=bf16")
+    done = train(world, "bf16", "runtime.precision=bf16", "training.steps=14")  # every phase
     assert done.returncode == 0, done.stderr
-    for ours, theirs in zip(metrics(world["folder"] / "bf16"), metrics(finished[0]), strict=True):
+    in_bf16 = metrics(world["folder"] / "bf16")
+    assert len(in_bf16) == 14
+    for ours, theirs in zip(in_bf16, metrics(finished[0]), strict=False):
         assert ours["train/skipped"] == 0
         assert ours["train/l1"] == pytest.approx(theirs["train/l1"], rel=0.03)
         assert ours["train/lpips"] == pytest.approx(theirs["train/lpips"], rel=0.1)

@@ -17,6 +17,8 @@ from tiny import (
     make_shards,
     metrics,
     rae_xla,
+    same_bits,
+    saved,
     train_and_kill,
 )
 
@@ -54,19 +56,19 @@ def test_a_run_leaves_metrics_checkpoints_and_its_configuration(runs, world, sta
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
     assert {"opt/lr", "perf/step_time", "perf/data_wait", "train/grad_norm"} <= lines[-1].keys()
     names = [path.name for path in sorted((runs[stage] / "checkpoints").iterdir())]
-    assert names == ["step-00000010.pt", "step-00000020.pt"]
-    saved = load_config(str(runs[stage] / "config.yaml"))
-    assert saved.diff(load_config(str(world[stage]))) == []
+    assert names == ["step-00000010", "step-00000020"]
+    resolved = load_config(str(runs[stage] / "config.yaml"))
+    assert resolved.diff(load_config(str(world[stage]))) == []
 
 
 def test_a_checkpoint_is_a_published_file(runs, world):
     config = load_config(str(world["stage2"]))
-    checkpoint = runs["stage2"] / "checkpoints/step-00000020.pt"
+    checkpoint = runs["stage2"] / "checkpoints/step-00000020"
     model = instantiate({"target": config.stage_2.target, "params": config.stage_2.params,
                          "ckpt": str(checkpoint)})  # fmt: skip
-    ema = torch.load(checkpoint, weights_only=True)["ema"]
+    ema = saved(runs["stage2"])["ema"]
     torch.testing.assert_close(dict(model.state_dict()), ema)
-    whole = torch.load(runs["stage1"] / "checkpoints/step-00000020.pt", weights_only=True)["ema"]
+    whole = saved(runs["stage1"])["ema"]
     stage_1 = load_config(str(world["stage1"])).stage_1
     instantiate(stage_1).load_state_dict(whole)
 
@@ -80,12 +82,7 @@ def test_killed_and_restarted_a_run_ends_with_the_same_bits(runs, world, stage):
     assert done.returncode == 0, done.stderr
     assert "from step 10" in done.stderr
     assert [line["step"] for line in metrics(folder)] == list(range(1, 21))
-    last = "checkpoints/step-00000020.pt"
-    whole, resumed = (torch.load(f / last, weights_only=True) for f in (runs[stage], folder))
-    for part in ("model", "ema", "optimizer"):
-        assert whole[part].keys() == resumed[part].keys()
-        for name, tensor in whole[part].items():
-            assert torch.equal(tensor, resumed[part][name]), name
+    same_bits(runs[stage], folder)
 
 
 def test_a_finished_run_stays_as_it_is(runs, world):
@@ -100,7 +97,7 @@ def test_the_decoder_goes_from_stage_1_to_stage_2(runs, world):
     out = world["folder"] / "decoder.pt"
     done = rae_xla("export", "decoder", "--ckpt", runs["stage1"], "--out", out)
     assert done.returncode == 0, done.stderr
-    ema = torch.load(runs["stage1"] / "checkpoints/step-00000020.pt", weights_only=True)["ema"]
+    ema = saved(runs["stage1"])["ema"]
     decoder = torch.load(out, weights_only=True)
     assert decoder.keys() == {k[8:] for k in ema if k.startswith("decoder.")}
     wrong = rae_xla("export", "decoder", "--ckpt", runs["stage2"], "--out", out)
@@ -185,7 +182,7 @@ MISUSES = [
     ("too few classes", ["stage_2.params.num_classes=2", "misc.num_classes=2",
                          "misc.null_label=2"], r"label"),
     ("a missing weight file", ["stage_1.params.pretrained_decoder_path=no.pt"], r"no\.pt"),
-    ("a wrong mesh", ["mesh.fsdp=3"], "mesh.*1 devices"),
+    ("a wrong mesh", ["mesh.ici.fsdp=3"], "mesh.*1 devices"),
 ]  # fmt: skip
 
 
@@ -248,13 +245,17 @@ def test_a_broken_shard_stops_the_run_before_it_starts(world, tmp_path, cut, mes
 
 
 def test_a_disk_that_is_full_costs_one_clear_error_and_no_checkpoint(world, tmp_path):
-    command = ["train", "stage2", "--config", world["stage2"], "--results-dir", tmp_path]
+    command = ["train", "stage2", "--config", world["stage2"], "--results-dir", tmp_path,
+               "checkpoint.retry_seconds=0"]  # fmt: skip
     limited = 'ulimit -f 200; exec "$0" -m rae_xla "$@"'
     done = subprocess.run(
         ["bash", "-c", limited, sys.executable, *map(str, command)],
         capture_output=True, text=True, timeout=300, env=environment(), check=False,
     )  # fmt: skip
-    assert one_error(done, "checkpoint of step 10 could not be written")
+    assert "step 10: the checkpoint could not be written: " in done.stderr
+    assert [line["step"] for line in metrics(tmp_path)] == list(range(1, 21))
+    assert sum(line.get("checkpoint/failed", 0) for line in metrics(tmp_path)) == 3
+    assert one_error(done, "checkpoint of step 20, the last, could not be written: .*its start")
     assert not list((tmp_path / "checkpoints").iterdir())
 
 

@@ -5,15 +5,20 @@ Each run is a process of its own, as a user would start it.
 
 import pytest
 import torch
-from tiny import make_configs, make_shards, metrics, rae_xla, train_and_kill
+from tiny import make_configs, make_shards, metrics, rae_xla, same_bits, train_and_kill
 
 pytestmark = pytest.mark.xla
 
 TOPOLOGIES = {
     "1 device": ["runtime.devices=1"],
-    "4 fsdp": ["runtime.devices=4", "mesh.fsdp=4"],
-    "2 data x 2 fsdp": ["runtime.devices=4", "mesh.data=2", "mesh.fsdp=2"],
+    "4 fsdp": ["runtime.devices=4"],
+    "2 data x 2 fsdp": ["runtime.devices=4", "mesh.ici.data=2"],
+    "8 fsdp": ["runtime.devices=8"],
+    "2 data x 4 fsdp": ["runtime.devices=8", "mesh.ici.data=2"],
+    "4 fsdp x 2 tensor": ["runtime.devices=8", "mesh.ici.tensor=2"],
+    "2 slices of 4 fsdp": ["runtime.devices=8", "mesh.dcn.data=2"],
 }
+QUICK = ("1 device", "4 fsdp x 2 tensor")
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +45,32 @@ def same_losses(ours, theirs):
             assert one[name] == pytest.approx(other[name], rel=1e-4), one["step"]
 
 
-@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize(
+    "topology",
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in TOPOLOGIES],
+)
 def test_every_topology_gives_the_losses_of_plain_torch(world, on_torch, topology):
     on_xla = train(world, "stage2", topology, "runtime.backend=xla", *TOPOLOGIES[topology])
+    same_losses(on_xla, on_torch)
+    assert {line["perf/compilations"] for line in on_xla} == {1}
+    assert {line["perf/fallbacks"] for line in on_xla} == {0}
+
+
+@pytest.mark.slow
+def test_blocks_in_a_loop_change_no_loss(world):
+    deep = "stage_2.params.depth=[4,2]"
+    on_torch = train(world, "stage2", "deep-torch", deep)
+    on_xla = train(world, "stage2", "deep-scan", "runtime.backend=xla", "runtime.scan=true", deep,
+                   *TOPOLOGIES["2 data x 2 fsdp"])  # fmt: skip
+    same_losses(on_xla, on_torch)
+    assert {line["perf/compilations"] for line in on_xla} == {1}
+    assert {line["perf/fallbacks"] for line in on_xla} == {0}
+
+
+@pytest.mark.slow
+def test_forgotten_activations_change_no_loss(world, on_torch):
+    on_xla = train(world, "stage2", "remat", "runtime.backend=xla", "runtime.remat=1",
+                   *TOPOLOGIES["4 fsdp x 2 tensor"])  # fmt: skip
     same_losses(on_xla, on_torch)
 
 
@@ -54,10 +82,10 @@ def test_stage_1_gives_the_losses_of_plain_torch(world):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
-def test_a_hundred_steps_compile_once_and_never_fall_back(world, stage):
-    overrides = ["training.steps=101", "checkpoint.every_steps=25", "runtime.backend=xla"]
-    lines = train(world, stage, f"hundred-{stage}", *overrides, *TOPOLOGIES["4 fsdp"])
-    assert len(lines) == 101
+def test_two_hundred_steps_compile_once_and_never_fall_back(world, stage):
+    overrides = ["training.steps=201", "checkpoint.every_steps=50", "runtime.backend=xla"]
+    lines = train(world, stage, f"hundreds-{stage}", *overrides, *TOPOLOGIES["8 fsdp"])
+    assert len(lines) == 201
     assert {line["perf/compilations"] for line in lines} == {1}
     assert {line["perf/fallbacks"] for line in lines} == {0}
 
@@ -68,15 +96,9 @@ def test_killed_and_restarted_a_run_ends_with_the_same_bits(world):
     train(world, "stage2", "whole", *common)
     folder = world["folder"] / "killed"
     train_and_kill("stage2", world["stage2"], folder, *common)
-    assert not (folder / "checkpoints/step-00000020.pt").exists()
+    assert not (folder / "checkpoints/step-00000020").exists()
     train(world, "stage2", "killed", *common)
-    whole, resumed = (
-        torch.load(world["folder"] / name / "checkpoints/step-00000020.pt", weights_only=True)
-        for name in ("whole", "killed")
-    )
-    for part in ("model", "ema", "optimizer"):
-        for name, tensor in whole[part].items():
-            assert torch.equal(tensor, resumed[part][name]), name
+    same_bits(world["folder"] / "whole", folder)
 
 
 def test_a_run_goes_on_on_another_backend(world, on_torch):

@@ -1,19 +1,26 @@
 """A whole project in miniature: shards of coloured squares, a real tiny encoder, two configs."""
 
+import functools
 import json
 import os
+import socket
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 import yaml
 from golden_case import GOLDEN
 from random_loss_networks import write_dino, write_vgg16
 
 from rae_xla.data.shards import write_shards
 from rae_xla.data.sources import array_source
+from rae_xla.interop.checkpoint_folder import Checkpoint, list_checkpoints
+from rae_xla.interop.checkpoint_tensors import CheckpointContent
 
 CLASSES, IMAGES, SIZE, BATCH = 4, 48, 32, 8
 ROOT = Path(__file__).parents[2]
@@ -148,14 +155,57 @@ def make_gan_config(folder: Path, shards: str) -> Path:
 
 
 def rae_xla(*arguments: object, timeout: float = 300) -> subprocess.CompletedProcess:
-    """Run the command line as a user would, in a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-m", "rae_xla", *map(str, arguments)],
-        capture_output=True,
+    """Run the command line as a user would, in a process of its own (see ``cli_server``)."""
+    [done] = _run_at_once(arguments, [environment()], timeout)
+    if done.returncode is None:
+        raise subprocess.TimeoutExpired(done.args, timeout, done.stdout, done.stderr)
+    return done
+
+
+def rae_xla_processes(
+    count: int, *arguments: object, timeout: float = 300
+) -> list[subprocess.CompletedProcess]:
+    """Run the command line in several processes at once, with what torchrun tells them."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    own = [shared | {"RANK": i, "LOCAL_RANK": i} for i in range(count)]
+    environments = [environment() | {k: str(v) for k, v in e.items()} for e in own]
+    return _run_at_once(arguments, environments, timeout)
+
+
+def _run_at_once(
+    arguments: Sequence[object], environments: Sequence[dict[str, str]], timeout: float
+) -> list[subprocess.CompletedProcess]:
+    command = [sys.executable, "-m", "rae_xla", *map(str, arguments)]
+    place = {"arguments": command[3:], "folder": os.getcwd(), "timeout": timeout}
+    with tempfile.TemporaryDirectory() as folder:
+        streams = [
+            {name: f"{folder}/{name}-{i}" for name in ("stdout", "stderr")}
+            for i in range(len(environments))
+        ]
+        requests = [
+            place | of | {"environment": e} for of, e in zip(streams, environments, strict=True)
+        ]
+        server = _command_server()
+        print(json.dumps(requests), file=server.stdin, flush=True)
+        codes = json.loads(server.stdout.readline())
+        said = [{name: Path(path).read_text() for name, path in of.items()} for of in streams]
+    return [
+        subprocess.CompletedProcess(command, code, of["stdout"], of["stderr"])
+        for code, of in zip(codes, said, strict=True)
+    ]
+
+
+@functools.cache
+def _command_server() -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, str(Path(__file__).with_name("cli_server.py"))],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         text=True,
-        timeout=timeout,
         env=environment(),
-        check=False,
     )
 
 
@@ -170,22 +220,40 @@ def metrics(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def wait_for(path: Path, lines: int) -> None:
-    """Wait until a file that is being written has so many lines."""
+def saved(folder: Path, step: int = 20) -> CheckpointContent:
+    """What a run's checkpoint of a step holds."""
+    return CheckpointContent(Checkpoint(str(folder / f"checkpoints/step-{step:08d}")))
+
+
+def same_bits(one: Path, other: Path, step: int = 20) -> None:
+    """See that two runs' checkpoints of a step hold the very same tensors."""
+    first, second = saved(one, step), saved(other, step)
+    assert list(first) == list(second)
+    for part in set(first) - {"step", "config", "scheduler"}:
+        ours, theirs = first[part], second[part]
+        assert ours.keys() == theirs.keys()
+        for name, tensor in ours.items():
+            assert torch.equal(tensor, theirs[name]), f"{part}: {name}"
+
+
+def wait_for_checkpoint(folder: Path, step: int) -> None:
+    """Wait until a run has saved this step or a later one."""
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline:
-        if path.exists() and path.read_text().count("\n") >= lines:
+        if any(found.step >= step for found in list_checkpoints(str(folder / "checkpoints"))):
             return
         time.sleep(0.005)
-    raise TimeoutError(path)
+    raise TimeoutError(folder)
 
 
 def train_and_kill(stage: str, config: Path, folder: Path, *overrides: str, step: int = 10) -> None:
-    """Start a training and kill it when ``metrics.jsonl`` has the line of a step.
+    """Start a training and kill it when the checkpoint of a step is there.
 
-    Lines are written a step late, so the checkpoint of that step is there by then.
+    It draws a picture at every step, which changes no number and makes it slow beside the thread
+    that saves.
     """
-    arguments = ["train", stage, "--config", config, "--results-dir", folder, *overrides]
+    slow = ("training.sample_every=1",)
+    arguments = ["train", stage, "--config", config, "--results-dir", folder, *slow, *overrides]
     process = subprocess.Popen(
         [sys.executable, "-m", "rae_xla", *map(str, arguments)],
         env=environment(),
@@ -193,7 +261,7 @@ def train_and_kill(stage: str, config: Path, folder: Path, *overrides: str, step
         stderr=subprocess.DEVNULL,
     )
     try:
-        wait_for(folder / "metrics.jsonl", lines=step)
+        wait_for_checkpoint(folder, step)
     finally:
         process.kill()
         process.wait()

@@ -1,35 +1,54 @@
+from types import SimpleNamespace
+
 import pytest
 
 from rae_xla.runtime.mesh import resolve_mesh
-from rae_xla.runtime.sharding import FSDP_RULES, partition_spec
+
+
+def settings(data=1, fsdp=-1, tensor=1, slices=1):
+    ici = SimpleNamespace(data=data, fsdp=fsdp, tensor=tensor)
+    return SimpleNamespace(ici=ici, dcn=SimpleNamespace(data=slices), sharding=())
 
 
 @pytest.mark.parametrize(
-    ("data", "fsdp", "devices", "shape"),
-    [(1, -1, 4, (1, 4)), (-1, 2, 4, (2, 2)), (2, 2, 4, (2, 2)), (1, -1, 1, (1, 1))],
-)
-def test_a_mesh_covers_every_device(data, fsdp, devices, shape):
-    mesh = resolve_mesh(data, fsdp, devices)
-    assert (mesh.data, mesh.fsdp) == shape
-    assert mesh.size == devices
-
-
-@pytest.mark.parametrize(("data", "fsdp"), [(1, 3), (3, -1), (-1, -1), (0, 4), (2, 4)])
-def test_a_mesh_that_does_not_is_refused(data, fsdp):
-    with pytest.raises(ValueError, match="mesh"):
-        resolve_mesh(data, fsdp, 4)
-
-
-@pytest.mark.parametrize(
-    ("name", "shape", "spec"),
+    ("sizes", "devices", "shape"),
     [
-        ("blocks.0.attn.qkv.weight", (192, 64), ("fsdp", None)),
-        ("y_embedder.embedding_table.weight", (11, 64), (None, "fsdp")),
-        ("x_embedder.proj.weight", (64, 3, 1, 1), ("fsdp", None, None, None)),
-        ("blocks.0.attn.qkv.bias", (192,), (None,)),
-        ("final_layer.linear.weight", (3, 5), (None, None)),
-        ("step", (), ()),
+        ({}, 4, (1, 4, 1, 1)),
+        ({}, 1, (1, 1, 1, 1)),
+        ({"data": -1, "fsdp": 2}, 4, (2, 2, 1, 1)),
+        ({"tensor": 2}, 8, (1, 4, 2, 1)),
+        ({"data": 2, "fsdp": 2, "tensor": -1}, 8, (2, 2, 2, 1)),
+        ({"slices": 2}, 8, (1, 4, 1, 2)),
+        ({"data": 2, "fsdp": 2, "tensor": 2, "slices": 4}, 32, (2, 2, 2, 4)),
     ],
 )
-def test_matrices_are_split_where_they_divide_and_vectors_stay_whole(name, shape, spec):
-    assert partition_spec(name, shape, FSDP_RULES, {"data": 2, "fsdp": 4}) == spec
+def test_a_mesh_covers_every_device(sizes, devices, shape):
+    mesh = resolve_mesh(settings(**sizes), devices)
+    assert (mesh.data, mesh.fsdp, mesh.tensor, mesh.slices) == shape
+    assert mesh.size == devices
+    assert mesh.batch_parts * mesh.tensor == devices
+    assert list(mesh.axis_sizes) == ["data", "fsdp", "tensor"]
+    assert mesh.axis_sizes["data"] == mesh.data * mesh.slices
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"fsdp": 3}, "does not make the 4 devices"),
+        ({"data": 3}, "does not make"),
+        ({"data": -1}, r"mesh\.ici\.data and mesh\.ici\.fsdp are both -1"),
+        ({"data": 0, "fsdp": 4}, "does not make"),
+        ({"data": 2, "fsdp": 4}, "does not make"),
+        ({"tensor": 8}, "tensor=8"),
+        ({"slices": 3}, r"dcn\.data=3"),
+    ],
+)
+def test_a_mesh_that_does_not_is_refused(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        resolve_mesh(settings(**sizes), 4)
+
+
+def test_a_mesh_says_what_it_is():
+    assert str(resolve_mesh(settings(), 4)) == "data=1 x fsdp=4"
+    whole = resolve_mesh(settings(tensor=2, slices=2), 16)
+    assert str(whole) == "2 slices of data=1 x fsdp=4 x tensor=2"

@@ -1,13 +1,16 @@
 """The XLA backend on four virtual devices: where tensors lie, and what compiles."""
 
-from types import SimpleNamespace
+import copy
 
 import pytest
 import torch
 from torch import nn
 
+from rae_xla.config import MeshConfig, RunConfig, RuntimeConfig
+from rae_xla.config.sections import IciMesh
 from rae_xla.models.dino_vit import DINOShape, DINOViT
 from rae_xla.models.discriminator import DinoDiscriminator
+from rae_xla.models.dit_dh import DiTDH
 from rae_xla.models.lpips import LPIPS
 from rae_xla.runtime import start
 from rae_xla.train.state import MOMENTS, make_state, update_ema
@@ -15,16 +18,31 @@ from rae_xla.train.state import MOMENTS, make_state, update_ema
 pytestmark = pytest.mark.xla
 
 
+# Of the small models here; a matrix that does not divide stays whole.
+RULES = """
+networks: [Small]
+parameters:
+  - {pattern: 'weight$', spec: [fsdp]}
+"""
+
+
 @pytest.fixture(scope="module")
-def runtime():
-    settings = SimpleNamespace(
-        backend="xla", precision="fp32", compile=False, compile_cache=None, devices=4
+def runtime(tmp_path_factory):
+    rules = tmp_path_factory.mktemp("rules") / "small.yaml"
+    rules.write_text(RULES)
+    config = RunConfig(
+        mesh=MeshConfig(IciMesh(data=2, fsdp=2), sharding=("configs/sharding", str(rules))),
+        runtime=RuntimeConfig(backend="xla", devices=4, remat=0.5),
     )
-    return start(settings, SimpleNamespace(data=2, fsdp=2))
+    return start(config.runtime, config.mesh)
+
+
+class Small(nn.Sequential):
+    pass
 
 
 def small_model():
-    return nn.Sequential(nn.Linear(6, 8), nn.SiLU(), nn.Linear(8, 4))
+    return Small(nn.Linear(6, 8), nn.SiLU(), nn.Linear(8, 4))
 
 
 def sharding(tensor):
@@ -61,13 +79,9 @@ def test_a_discriminator_is_split_and_the_frozen_networks_are_whole(runtime):
 
 
 def test_what_is_put_comes_back(runtime):
-    tensors = {
-        "a.weight": torch.randn(8, 6),
-        "b.weight": torch.randn(3, 5),
-        "c.bias": torch.randn(5),
-        "d": torch.tensor(7),
-    }
-    back = runtime.to_host(runtime.place_tensors(tensors))
+    model = Small(nn.Linear(6, 8), nn.Linear(5, 3))
+    tensors = {name: torch.randn(p.shape) for name, p in model.named_parameters()}
+    back = runtime.to_host(runtime.place_tensors(tensors, like=model))
     rows = {"image": torch.randint(256, (8, 3, 2, 2), dtype=torch.uint8), "step": torch.tensor(1)}
     back |= runtime.to_host(runtime.put(rows))
     for name, tensor in (tensors | rows).items():
@@ -76,11 +90,38 @@ def test_what_is_put_comes_back(runtime):
 
 def test_placing_again_leaves_what_is_placed(runtime):
     model = small_model()
-    runtime.place(model[0])
+    runtime.place(Small(model[0]))
     held = model[0].weight
     runtime.place(model)
     assert model[0].weight is held
     assert model[2].weight.device == runtime.device
+
+
+def test_blocks_that_forget_their_activations_give_the_same_gradients(runtime):
+    """Half of the blocks, the head's conditions come through their gradients."""
+    sizes = {"input_size": 4, "in_channels": 8, "hidden_size": (16, 24), "depth": (3, 1)}
+    plain = DiTDH(**sizes, num_heads=2, num_classes=4).train()
+    for parameter in filter(lambda p: p.requires_grad, plain.parameters()):
+        nn.init.normal_(parameter, std=0.1)
+    model = runtime.place(copy.deepcopy(plain))
+    assert [hasattr(block, "recompute") for block in model.blocks] == [False, True, False, True]
+    names = [name for name, p in plain.named_parameters() if p.requires_grad]
+    batch = {"x": torch.randn(8, 8, 4, 4), "t": torch.rand(8), "y": torch.arange(8) % 4}
+
+    def gradients(net, x, t, y):
+        loss = net(x, t, y, label_drop=y > 2).square().mean()
+        return [loss, *torch.autograd.grad(loss, [dict(net.named_parameters())[n] for n in names])]
+
+    @runtime.compile
+    def on_devices(batch):
+        return gradients(model, **batch)
+
+    found = on_devices(runtime.put(batch))
+    host = runtime.to_host(dict(zip(["loss", *names], found, strict=True)))
+    expected = dict(zip(["loss", *names], gradients(plain, **batch), strict=True))
+    torch.testing.assert_close(host, expected, rtol=1e-4, atol=1e-6)
+    split = sharding(found[1 + names.index("blocks.1.mlp.w12.weight")])
+    assert "devices=" in split  # a gradient comes back in parts: it is scattered, not summed
 
 
 def test_a_function_compiles_once_whatever_the_numbers(runtime):

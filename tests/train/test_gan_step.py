@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from recorded_gan_step import (
@@ -18,6 +16,8 @@ from recorded_gan_step import (
 )
 from torch import nn
 
+from rae_xla.config import MeshConfig
+from rae_xla.config.sections import RuntimeConfig
 from rae_xla.runtime import start
 from rae_xla.train.gan_step import Phase, _to_8_bits
 
@@ -29,10 +29,8 @@ def networks():
 
 @pytest.fixture
 def runtime():
-    given = SimpleNamespace(
-        backend="torch", precision="fp32", compile=False, compile_cache=None, devices=None
-    )
-    return start(given, SimpleNamespace(data=1, fsdp=1))
+    given = RuntimeConfig(backend="torch")
+    return start(given, MeshConfig())
 
 
 def take(step):

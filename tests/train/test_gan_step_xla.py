@@ -1,7 +1,5 @@
 """The recorded GAN step on XLA: the reference's numbers, in one graph."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from recorded_gan_step import (
@@ -14,16 +12,16 @@ from recorded_gan_step import (
     settings,
 )
 
+from rae_xla.config import MeshConfig
+from rae_xla.config.sections import RuntimeConfig
 from rae_xla.runtime import start
 
 pytestmark = pytest.mark.xla
 
 
 def test_the_recorded_step(monkeypatch):
-    given = SimpleNamespace(
-        backend="xla", precision="fp32", compile=False, compile_cache=None, devices=1
-    )
-    runtime = start(given, SimpleNamespace(data=1, fsdp=1))
+    given = RuntimeConfig(backend="xla", devices=1)
+    runtime = start(given, MeshConfig())
     feed_recorded(monkeypatch)
     networks = build_networks()
     state, step = prepare(networks, settings(), runtime)

@@ -1,13 +1,14 @@
 """Optimizer, averages and steps equal the reference's."""
 
 import copy
-from types import SimpleNamespace
 
 import pytest
 import torch
 from golden_case import load_case
 from torch import nn
 
+from rae_xla.config import MeshConfig
+from rae_xla.config.sections import RuntimeConfig
 from rae_xla.models.dit_dh import DiTDH
 from rae_xla.runtime import start
 from rae_xla.train.adamw import AdamW
@@ -19,10 +20,8 @@ from rae_xla.transport import create_transport
 
 @pytest.fixture
 def runtime():
-    settings = SimpleNamespace(
-        backend="torch", precision="fp32", compile=False, compile_cache=None, devices=None
-    )
-    return start(settings, SimpleNamespace(data=1, fsdp=1))
+    settings = RuntimeConfig(backend="torch")
+    return start(settings, MeshConfig())
 
 
 def small_net() -> nn.Sequential:
@@ -63,7 +62,7 @@ def recorded_run(runtime, accumulate=1):
         ema_decay=meta["ema_decay"],
         clip_grad=meta["clip_grad"],
         accumulate=accumulate,
-        autocast=runtime.autocast,
+        runtime=runtime,
     )
     schedule = Schedule("linear", 1e-3, 1e-4, warmup=2, decay_end=6, warmup_from_zero=True)
     for k in range(4):

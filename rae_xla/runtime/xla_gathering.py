@@ -1,0 +1,180 @@
+"""FSDP by annotation: where a split weight is put together, and what stays split by rows.
+
+A weight is stored in parts and used whole (or split over ``tensor`` alone). Each layer says so to
+the partitioner at the place where it computes: under autocast the part is cast first, so bf16
+travels; the gradient is told to go back to the parts, which makes it a reduce-scatter. Left to
+propagate, the weights' sharding spreads to the activations instead, which are then moved between
+devices at every layer.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakSet
+
+import torch
+import torch_xla.distributed.spmd as xs
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rae_xla.models.layers import FusedLinear
+from rae_xla.runtime.sharding import PartitionSpec, Placement, Shardings
+
+Annotate = Callable[[Tensor], Tensor]
+
+
+class Gathering:
+    """Makes the layers of placed modules say how they use their weights."""
+
+    def __init__(self, mesh: xs.Mesh) -> None:
+        self._mesh = mesh
+        self._tracing = False
+        self._done: WeakSet[nn.Module] = WeakSet()
+
+    def apply(self, module: nn.Module, shardings: Shardings) -> None:
+        """Change the layers and register the hooks of ``module``, once for each of its modules."""
+        for name, child in module.named_modules():
+            if child in self._done:
+                continue
+            self._done.add(child)
+            self._use_gathered(name, child, shardings)
+            if any(shardings.activations.get(name, ())):
+                self._annotate_output(child, shardings.activations[name])
+
+    def _use_gathered(self, name: str, layer: nn.Module, shardings: Shardings) -> None:
+        placement = shardings.parameters.get(f"{name}.weight" if name else "weight")
+        if placement is None or not any(placement.stored) or type(layer) not in _GATHERED:
+            return
+        layer.__class__ = _GATHERED[type(layer)]
+        parts = layer.parts if isinstance(layer, FusedLinear) else 0
+        layer.use_weight = self._make_use(placement, parts)  # type: ignore[assignment]
+
+    def _make_use(self, placement: Placement, parts: int) -> Annotate:
+        """From the stored weight (out, in) to the used one; (parts, out / parts, in) of parts."""
+        stored, used = placement.stored, placement.used
+        there, back = self._annotation(() if parts else used), self._annotation(stored)
+        # Each part's gradient goes to where its share of the whole is stored.
+        of_parts = self._annotation((None, *used))
+        from_parts = self._annotation((None, None, *stored[1:]))
+
+        def use(weight: Tensor) -> Tensor:
+            if torch.is_autocast_enabled(weight.device.type):
+                weight = weight.to(torch.get_autocast_dtype(weight.device.type))
+            gathered: Tensor = _Annotated.apply(back(weight), there, back)
+            if parts:
+                gathered = gathered.view(parts, -1, *weight.shape[1:])
+            if parts and any(used):
+                gathered = _Annotated.apply(gathered, of_parts, from_parts)
+            return gathered
+
+        return use
+
+    def _annotate_output(self, module: nn.Module, spec: PartitionSpec) -> None:
+        annotate = self._annotation(spec)
+
+        def hook(_: nn.Module, __: Any, output: Any) -> Any:
+            if isinstance(output, tuple):
+                return tuple(_Annotated.apply(part, annotate, annotate) for part in output)
+            return _Annotated.apply(output, annotate, annotate)
+
+        module.register_forward_hook(hook)
+
+    def _annotation(self, spec: PartitionSpec) -> Annotate:
+        def annotate(tensor: Tensor) -> Tensor:
+            padded = spec + (None,) * (tensor.dim() - len(spec))
+            if self._tracing:
+                marked: Tensor = _annotate_later(tensor, repr(padded))
+                return marked
+            return _annotate(tensor, self._mesh, padded)
+
+        return annotate
+
+    @contextmanager
+    def tracing(self) -> Iterator[None]:
+        """Annotate tensors that have no content yet, and of which a graph is made."""
+        self._tracing = True
+        try:
+            yield
+        finally:
+            self._tracing = False
+
+
+def _annotate(tensor: Tensor, mesh: xs.Mesh, spec: PartitionSpec) -> Tensor:
+    marked = tensor.clone()
+    xs.annotate_custom_sharding(marked, mesh, spec)
+    return marked
+
+
+@torch.library.custom_op("rae_xla::annotate_sharding", mutates_args=())
+def _annotate_later(tensor: Tensor, spec: str) -> Tensor:
+    """An operation of its own, which such graphs can hold."""
+    mesh = xs.get_global_mesh()
+    assert mesh is not None
+    return _annotate(tensor, mesh, ast.literal_eval(spec))
+
+
+@_annotate_later.register_fake
+def _(tensor: Tensor, spec: str) -> Tensor:
+    return torch.empty_like(tensor)
+
+
+_annotate_later.register_autograd(lambda _, gradient: (gradient, None))
+
+
+class _Annotated(torch.autograd.Function):
+    """One annotation for a tensor, and one for its gradient on the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, there: Annotate, back: Annotate) -> Tensor:
+        ctx.back = back
+        return there(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.back(gradient), None, None
+
+
+class _GatheredLinear(nn.Linear):
+    use_weight: Annotate
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.use_weight(self.weight), self.bias)
+
+
+class _GatheredFusedLinear(FusedLinear):
+    """Here each part has a product of its own: parts of the weight are cut out, not of what it
+    gives, whose gradient would be put together from parts and laid out anew (a tenth of a block's
+    memory traffic).
+    """
+
+    use_weight: Annotate
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        weights = self.use_weight(self.weight).unbind(0)
+        biases = self.bias.view(self.parts, -1).unbind(0)
+        return tuple(F.linear(x, w, b) for w, b in zip(weights, biases, strict=True))
+
+
+class _GatheredEmbedding(nn.Embedding):
+    use_weight: Annotate
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.embedding(input, self.use_weight(self.weight))
+
+
+class _GatheredConv2d(nn.Conv2d):
+    use_weight: Annotate
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(input, self.use_weight(self.weight), self.bias)
+
+
+_GATHERED: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: _GatheredLinear,
+    FusedLinear: _GatheredFusedLinear,
+    nn.Embedding: _GatheredEmbedding,
+    nn.Conv2d: _GatheredConv2d,
+}

@@ -1,0 +1,79 @@
+"""Whose a results folder is, and the checkpoints it leads to."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from checkpoint_cases import save
+
+from rae_xla.config import RunConfig, load_config
+from rae_xla.errors import UserError
+from rae_xla.train.folder import claim_folder
+
+CONFIG = RunConfig()
+
+
+def other(**changes):
+    return replace(CONFIG, training=replace(CONFIG.training, **changes))
+
+
+def test_it_is_made_and_says_what_the_run_is(tmp_path):
+    claim_folder(tmp_path / "new/run", CONFIG, "data")
+    assert load_config(str(tmp_path / "new/run/config.yaml")).diff(CONFIG) == []
+    assert (tmp_path / "new/run/data.txt").read_text() == "data\n"
+
+
+def test_without_checkpoints_it_may_be_anothers(tmp_path):
+    claim_folder(tmp_path, CONFIG, "data")
+    claim_folder(tmp_path, other(global_seed=1), "other data")
+
+
+@pytest.mark.parametrize("lost", [False, True], ids=["", "results lost"])
+def test_checkpoints_are_of_one_configuration_and_one_data_set(tmp_path, lost):
+    claim_folder(tmp_path, CONFIG, "data")
+    save(tmp_path / "checkpoints", 10)
+    if lost:
+        for name in ("config.yaml", "data.txt"):
+            (tmp_path / name).unlink()
+    claim_folder(tmp_path, other(max_skipped=3), "data")  # no part of the mathematics
+    with pytest.raises(UserError, match=r"another configuration.*global_seed: 0 -> 1"):
+        claim_folder(tmp_path, other(global_seed=1), "data")
+    with pytest.raises(UserError, match=r"other training data.*another --results-dir"):
+        claim_folder(tmp_path, CONFIG, "other data")
+    never = replace(CONFIG, checkpoint=replace(CONFIG.checkpoint, resume=False))
+    with pytest.raises(UserError, match=r"checkpoint\.resume is false"):
+        claim_folder(tmp_path, never, "data")
+
+
+def test_a_damaged_manifest_is_passed_over(tmp_path):
+    for step in (10, 20):
+        save(tmp_path / "checkpoints", step)
+    (tmp_path / "checkpoints/step-00000020/manifest.json").write_text("{")
+    claim_folder(tmp_path, CONFIG, "data")
+    with pytest.raises(UserError, match="another configuration"):
+        claim_folder(tmp_path, other(global_seed=1), "data")
+
+
+def test_checkpoints_elsewhere_count_as_well(tmp_path):
+    save(tmp_path / "elsewhere", 10)
+    place = replace(CONFIG.checkpoint, dir=str(tmp_path / "elsewhere"))
+    claim_folder(tmp_path / "run", replace(CONFIG, checkpoint=place), "data")
+    with pytest.raises(UserError, match=r"elsewhere holds.*give another checkpoint\.dir"):
+        claim_folder(tmp_path / "run", replace(CONFIG, checkpoint=place), "other data")
+
+
+def test_checkpoints_of_an_older_version_are_not_trained_over(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints/step-00000010.pt").touch()
+    with pytest.raises(UserError, match=r"older version.*step-00000010\.pt"):
+        claim_folder(tmp_path, CONFIG, "data")
+
+
+def test_numbers_survive_the_manifest(tmp_path):
+    """YAML 1.1 takes 1e-08 for a word; JSON writes it so."""
+    small = other(optimizer=replace(CONFIG.training.optimizer, eps=1e-8, lr=1e22))
+    save(tmp_path / "checkpoints", 10)
+    manifest = json.loads((tmp_path / "checkpoints/step-00000010/manifest.json").read_text())
+    manifest["config"] = small.to_dict()
+    (tmp_path / "checkpoints/step-00000010/manifest.json").write_text(json.dumps(manifest))
+    claim_folder(tmp_path, small, "data")

@@ -1,0 +1,102 @@
+"""Signals, and the notices of a real (small) metadata server."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from types import SimpleNamespace
+
+import pytest
+
+from rae_xla.train import survival
+from rae_xla.train.survival import AGREE_EVERY, EXIT_STOPPED, StopRequest, agreed
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_remembered_and_the_handlers_come_back(number, capfd):
+    before = signal.getsignal(number)
+    with StopRequest() as stop:
+        assert stop.reason is None
+        os.kill(os.getpid(), number)
+        assert stop.reason == signal.Signals(number).name
+    assert signal.getsignal(number) is before
+    assert "finishing the step and saving" in capfd.readouterr().err
+
+
+TWICE = """
+import os, signal, time
+from rae_xla.train.survival import StopRequest
+with StopRequest() as stop:
+    os.kill(os.getpid(), signal.SIGTERM)
+    print(stop.reason, flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+"""
+
+
+def test_a_second_signal_ends_the_process_at_once():
+    done = subprocess.run([sys.executable, "-c", TWICE], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "SIGTERM\n"
+    assert done.returncode == 128 + signal.SIGTERM != EXIT_STOPPED
+
+
+class Metadata(BaseHTTPRequestHandler):
+    def do_GET(self):
+        name = self.path.removeprefix("/computeMetadata/v1/instance/")
+        known = self.headers["Metadata-Flavor"] == "Google" and name in self.server.answers
+        self.send_response(200 if known else 403)
+        self.end_headers()
+        self.wfile.write(self.server.answers.get(name, "").encode())
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def metadata(monkeypatch):
+    server = HTTPServer(("127.0.0.1", 0), Metadata)
+    server.answers = {"preempted": "FALSE", "maintenance-event": "NONE"}
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("GCE_METADATA_HOST", f"127.0.0.1:{server.server_port}")
+    monkeypatch.setattr(survival, "POLL_SECONDS", 0.02)
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("entry", "answer", "reason"),
+    [
+        ("preempted", "TRUE", "is being preempted"),
+        ("maintenance-event", "TERMINATE_ON_HOST_MAINTENANCE", "goes down for maintenance"),
+    ],
+)
+def test_a_notice_stops_the_run(metadata, entry, answer, reason):
+    with StopRequest() as stop:
+        time.sleep(0.2)
+        assert stop.reason is None
+        metadata.answers["maintenance-event"] = "MIGRATE_ON_HOST_MAINTENANCE"  # of no concern
+        time.sleep(0.2)
+        assert stop.reason is None
+        metadata.answers[entry] = answer
+        deadline = time.monotonic() + 30
+        while stop.reason is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert reason in stop.reason
+
+
+def test_a_server_that_is_silent_or_refuses_is_no_notice(metadata):
+    metadata.answers = {}
+    assert survival.notice(survival.metadata_host()) is None
+    assert survival.notice("127.0.0.1:9") is None
+
+
+def test_several_processes_agree_now_and_then():
+    others = SimpleNamespace(process_count=3, exchange=lambda text: ["", text, "stop\nsave"])
+    assert agreed(others, AGREE_EVERY + 1, {"stop"}) == set()
+    assert agreed(others, AGREE_EVERY, set()) == {"stop", "save"}
+    alone = SimpleNamespace(process_count=1)
+    assert agreed(alone, 7, {"save"}) == {"save"}
