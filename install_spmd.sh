@@ -72,11 +72,11 @@ else
     accelerator=$(detect_accelerator) reason="found by itself"
 fi
 case $accelerator in
-    tpu | cpu) extras=xla,quickstart,hub,dev ;;
+    tpu) extras=tpu,xla,quickstart,hub,dev ;;
+    cpu) extras=xla,plan,quickstart,hub,dev ;; # plan: the TPU's compiler, without a TPU
     cuda) extras=quickstart,hub,dev ;;
     *) fail "--accelerator is tpu, cuda or cpu, not '$accelerator'" ;;
 esac
-[[ $accelerator != tpu ]] || extras=tpu,$extras
 
 if [[ -n $asked_python ]]; then
     python=$(find_python "$asked_python") ||

@@ -205,7 +205,7 @@ def test_no_such_python_is_an_error(machine, asked):
 @pytest.mark.parametrize(
     ("accelerator", "extras"),
     [
-        ("cpu", "xla,quickstart,hub,dev"),
+        ("cpu", "xla,plan,quickstart,hub,dev"),
         ("tpu", "tpu,xla,quickstart,hub,dev"),
         ("cuda", "quickstart,hub,dev"),
     ],

@@ -1,0 +1,1 @@
+"""What a run will cost before a pod is rented: memory, arithmetic, traffic, time, money."""

@@ -1,0 +1,134 @@
+"""Reading compiled modules: ``step.hlo`` is lines of real ones, put together and shortened."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rae_xla.plan.collectives import faults, find_collectives, sent_by_kind
+from rae_xla.plan.flops import count_flops
+from rae_xla.plan.hlo import Module, Shape, parse_module, parse_shapes
+from rae_xla.plan.liveness import peak_memory
+from rae_xla.plan.traffic import memory_traffic
+
+WIDTH, TOKENS, ROWS, CHIPS = 768, 261, 16, 16
+WEIGHT = 2 * WIDTH * WIDTH
+PART = WEIGHT // CHIPS
+ACTIVATION = 2 * ROWS * TOKENS * WIDTH
+BODY = "wide.windowed_dot_general_body_ag.1.sunk"
+
+
+@pytest.fixture
+def module() -> Module:
+    return parse_module((Path(__file__).parent / "step.hlo").read_text())
+
+
+def test_shapes():
+    text = "(bf16[16,261,768]{2,1,0:T(8,128)(2,1)}, s32[]{:T(128)S(6)}, pred[3]{0:T(512)S(1)})"
+    assert list(parse_shapes(text)) == [
+        Shape("bf16", (16, 261, 768)),
+        Shape("s32", (), 6),
+        Shape("pred", (3,), 1),
+    ]
+    assert Shape("s4", (3,)).num_bytes == 2
+
+
+def test_an_instruction(module):
+    gather = module.computations[module.entry]["all-gather.150"]
+    assert gather.opcode == "all-gather"
+    assert gather.operands == ("convert.2",)
+    assert gather.shapes == (Shape("bf16", (WIDTH, WIDTH)),)
+    assert gather.attribute(r"channel_id=(\d+)") == "447"
+
+
+def test_a_loop_counts_once_for_each_trip(module):
+    assert module.runs[BODY] == 4  # from 0 in steps of 2 while less than 8
+    assert module.runs["fused_computation.22"] == 4
+    assert module.runs[module.entry] == 1
+    assert module.unknown_loops == []
+
+
+def test_a_loop_of_unknown_length_is_named():
+    text = (Path(__file__).parent / "step.hlo").read_text()
+    module = parse_module(text.replace("direction=LT", "direction=NE"))
+    assert module.runs[BODY] == 1
+    assert module.unknown_loops == ["while.119"]
+
+
+def test_no_module():
+    with pytest.raises(ValueError, match="ENTRY"):
+        parse_module("HloModule nothing\n")
+
+
+def test_what_is_sent(module):
+    sent = sent_by_kind(find_collectives(module, CHIPS))
+    share = 15 / 16
+    gradient = 2 * 6912 * 1152 + 4
+    assert sent == pytest.approx(
+        {
+            "all-gather": WEIGHT * share,
+            "between-slices": PART,
+            "collective-permute": 4 * PART,  # one part in each trip
+            "reduce-scatter": WEIGHT * share,  # an all-reduce that keeps its part
+            "all-reduce": 2 * gradient * share
+            + 2 * ACTIVATION * 3 / 4,  # the second in groups of 4
+        }
+    )
+
+
+def test_pieces_of_one_collective_count_once(module):
+    entry = module.computations[module.entry]
+    before = sent_by_kind(find_collectives(module, CHIPS))
+    module.computations[BODY]["again"] = entry["all-gather.150"]
+    assert sent_by_kind(find_collectives(module, CHIPS)) == before
+
+
+def test_faults(module):
+    collectives = find_collectives(module, CHIPS)
+    [fault] = faults(collectives, [(WIDTH, WIDTH), (6912, 1152)])
+    assert fault == "all-reduce of activations: 6.1 MiB, bf16[16, 261, 768] aten__native_batch_norm"
+    assert len(faults(collectives, [])) == 2  # nobody knows the gradient's shape
+
+
+def test_a_weight_gathered_in_float32_is_a_fault():
+    text = (Path(__file__).parent / "step.hlo").read_text()
+    module = parse_module(text.replace("%all-gather.150 = bf16", "%all-gather.150 = f32"))
+    found = faults(find_collectives(module, CHIPS), [(WIDTH, WIDTH), (6912, 1152)])
+    assert "all-gather in float32: 2.2 MiB, f32[768, 768] aten__addmm.3" in found
+
+
+def test_what_moves_in_memory(module):
+    moved = {row.operation: row for row in memory_traffic(module)}
+    assert moved["all-gather"].num_bytes == PART + WEIGHT
+    [product] = [row for row in memory_traffic(module) if row.shapes == "bf16[16, 261, 2, 48]"]
+    assert (product.operation, product.source, product.times) == ("fusion", "aten__mm", 4)
+    assert product.num_bytes == 4 * (ACTIVATION + 2 * PART + 2 * ROWS * TOKENS * 2 * 48)
+
+
+def test_an_update_in_place_moves_its_part_alone(module):
+    [update] = [
+        row
+        for row in memory_traffic(module)
+        if row.operation == "fusion" and row.shapes == f"bf16[{ROWS}, {TOKENS}, {WIDTH}]"
+    ]
+    assert update.num_bytes == 4 * (2 * ROWS * TOKENS * 48)  # what it takes it from is on the chip
+
+
+def test_the_fullest_moment(module):
+    peak = peak_memory(module, [(WIDTH, WIDTH), (6912, 1152)], CHIPS, ROWS)
+    gradient = 2 * 6912 * 1152
+    assert peak.by_kind == {
+        "weights": gradient + WEIGHT + PART,  # gathered for the last line; the loop carries a part
+        "activations": ACTIVATION,  # the loop writes in place: one buffer before, in and after it
+        "other": 4,  # the sum beside the gradient
+    }
+    assert peak.num_bytes == sum(peak.by_kind.values())
+    assert peak.largest[0][:2] == ("bf16[6912, 1152]", gradient)
+
+
+def test_flops_of_a_traced_step():
+    text = (Path(__file__).parent / "traced.hlo").read_text()
+    assert count_flops(parse_module(text)) == 2 * 4 * 8 * 32 * 16 + 2 * (2 * 5 * 4 * 4) * (
+        3 * 2 * 2
+    )
