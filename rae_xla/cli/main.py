@@ -8,6 +8,7 @@ import importlib
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -18,13 +19,18 @@ from rae_xla.errors import UserError
 # It has `add_arguments(parser)` and `run(args) -> int`, the exit status.
 VERBS = {
     "shards": "write a data set as shards, or verify shards",
+    "plan": "what a run will cost on a TPU, before one is rented",
+    "doctor": "try out all that a run needs: devices, storage, data, hosts",
     "train": "train an autoencoder (stage1) or a diffusion transformer (stage2)",
     "stats": "mean and variance of a data set's latents",
     "sample": "draw images from a trained diffusion transformer",
     "reconstruct": "send images through an autoencoder and back",
     "evaluate": "measure reconstructions, or compare decoders",
+    "checkpoints": "list, verify, export or prune what a run has saved",
     "export": "write a trained model as files of the published layout",
 }
+
+_FIRST_SPEAKS = 5.0  # seconds; torchrun looks for failed processes ten times in each
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = run(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()
     except UserError as error:
-        print(f"rae-xla: error: {error}", file=sys.stderr)
+        _say(f"error: {error}")
         return 2
     except BrokenPipeError:
         # The reader (`| head`) has seen enough. Keep Python's own last flush from complaining.
@@ -42,12 +48,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         # a full disk, a folder that may not be written: the user's to mend, and no bug
         where = f"{error.filename}: " if error.filename else ""
-        print(f"rae-xla: error: {where}{error.strerror or error}", file=sys.stderr)
+        _say(f"error: {where}{error.strerror or error}")
         return 2
     except KeyboardInterrupt:
         print("rae-xla: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
     return status
+
+
+def _say(text: str) -> None:
+    """Print an error; of several processes with the same one, torchrun's first says it.
+
+    torchrun ends all others as soon as one has failed, before they have waited long enough.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(_FIRST_SPEAKS)
+        text = f"process {os.environ['RANK']}: {text}"
+    print(f"rae-xla: {text}", file=sys.stderr)
 
 
 def run(argv: Sequence[str]) -> int:

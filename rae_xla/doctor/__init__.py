@@ -1,0 +1,1 @@
+"""What a machine needs for a run, tried out one by one."""
