@@ -16,6 +16,7 @@ from typing import Any
 from weakref import WeakSet
 
 import torch
+import torch_xla
 import torch_xla.distributed.spmd as xs
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -62,8 +63,8 @@ class Gathering:
 
         def use(weight: Tensor) -> Tensor:
             if torch.is_autocast_enabled(weight.device.type):
-                weight = weight.to(torch.get_autocast_dtype(weight.device.type))
-            gathered: Tensor = _Annotated.apply(back(weight), there, back)
+                weight = back(weight.to(torch.get_autocast_dtype(weight.device.type)))
+            gathered: Tensor = _Annotated.apply(weight, there, back)
             if parts:
                 gathered = gathered.view(parts, -1, *weight.shape[1:])
             if parts and any(used):
@@ -83,12 +84,20 @@ class Gathering:
         module.register_forward_hook(hook)
 
     def _annotation(self, spec: PartitionSpec) -> Annotate:
+        known: dict[int, Any] = {}  # by the number of dimensions
+
         def annotate(tensor: Tensor) -> Tensor:
-            padded = spec + (None,) * (tensor.dim() - len(spec))
+            dimensions = tensor.dim()
             if self._tracing:
-                marked: Tensor = _annotate_later(tensor, repr(padded))
-                return marked
-            return _annotate(tensor, self._mesh, padded)
+                later: Tensor = _annotate_later(tensor, repr(_padded(spec, dimensions)))
+                return later
+            if dimensions not in known:
+                known[dimensions] = self._mesh.get_op_sharding(_padded(spec, dimensions))
+            marked = tensor.clone()
+            # What xs.annotate_custom_sharding does, less the wrapper it returns: this is done a
+            # thousand times in each step, by the thread that has the devices to feed.
+            torch_xla._XLAC._xla_annotate_custom_sharding(marked, known[dimensions])
+            return marked
 
         return annotate
 
@@ -102,10 +111,8 @@ class Gathering:
             self._tracing = False
 
 
-def _annotate(tensor: Tensor, mesh: xs.Mesh, spec: PartitionSpec) -> Tensor:
-    marked = tensor.clone()
-    xs.annotate_custom_sharding(marked, mesh, spec)
-    return marked
+def _padded(spec: PartitionSpec, dimensions: int) -> PartitionSpec:
+    return spec + (None,) * (dimensions - len(spec))
 
 
 @torch.library.custom_op("rae_xla::annotate_sharding", mutates_args=())
@@ -113,7 +120,9 @@ def _annotate_later(tensor: Tensor, spec: str) -> Tensor:
     """An operation of its own, which such graphs can hold."""
     mesh = xs.get_global_mesh()
     assert mesh is not None
-    return _annotate(tensor, mesh, ast.literal_eval(spec))
+    marked = tensor.clone()
+    xs.annotate_custom_sharding(marked, mesh, ast.literal_eval(spec))
+    return marked
 
 
 @_annotate_later.register_fake

