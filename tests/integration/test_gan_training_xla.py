@@ -4,6 +4,7 @@ VGG and DINO are random networks (the first of the real shape): this is about ar
 """
 
 import math
+import os
 import re
 from itertools import pairwise
 
@@ -73,7 +74,8 @@ def gathered(folder):
 def test_only_weights_are_gathered(world, monkeypatch):
     """Activations stay on the devices whose rows they are, through all five networks."""
     dump = world["folder"] / "hlo"
-    monkeypatch.setenv("XLA_FLAGS", f"--xla_dump_to={dump} --xla_dump_hlo_as_text")
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={dump} --xla_dump_hlo_as_text"
+    monkeypatch.setenv("XLA_FLAGS", flags)
     train(world, "dumped", *SMOOTH, *FOUR, "training.steps=1")
     sizes, moved = gathered(dump)
     assert moved == 0

@@ -27,6 +27,12 @@ NO_COMPILER = pytest.mark.skipif(why_no_compiler() is not None, reason=str(why_n
 pytestmark = [pytest.mark.xla, pytest.mark.slow, NO_COMPILER]
 
 
+@pytest.fixture(autouse=True)
+def _flags_of_the_tpu_alone(monkeypatch):
+    """Those of the other tests are for compiling on a CPU."""
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+
+
 def plan_for(folder: Path, topology: str, batch: int, *overrides: str, depth: int = 4) -> Forecast:
     encoder = folder / "encoder"
     encoder.mkdir()
