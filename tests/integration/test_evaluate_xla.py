@@ -49,10 +49,8 @@ def expected(world):
     [
         (1, 7, []),
         (4, 64, []),
-        pytest.param(1, 1, [], marks=slow),
         pytest.param(4, 1, [], marks=slow),
         pytest.param(4, 7, ["mesh.ici.data=2", "mesh.ici.fsdp=2"], marks=slow),
-        pytest.param(4, 64, ["mesh.ici.data=4"], marks=slow),
     ],
 )
 def test_neither_the_batch_nor_the_devices_change_a_number(

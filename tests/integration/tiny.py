@@ -246,13 +246,20 @@ def wait_for_checkpoint(folder: Path, step: int) -> None:
     raise TimeoutError(folder)
 
 
-def train_and_kill(stage: str, config: Path, folder: Path, *overrides: str, step: int = 10) -> None:
+def train_and_kill(
+    stage: str,
+    config: Path,
+    folder: Path,
+    *overrides: str,
+    step: int = 10,
+    pictures: bool = True,
+) -> None:
     """Start a training and kill it when the checkpoint of a step is there.
 
-    It draws a picture at every step, which changes no number and makes it slow beside the thread
-    that saves.
+    With ``pictures`` it draws one at every step, which changes no number and makes a tiny run slow
+    beside the thread that saves.
     """
-    slow = ("training.sample_every=1",)
+    slow = ["training.sample_every=1"] if pictures else []
     arguments = ["train", stage, "--config", config, "--results-dir", folder, *slow, *overrides]
     process = subprocess.Popen(
         [sys.executable, "-m", "rae_xla", *map(str, arguments)],
