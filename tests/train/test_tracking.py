@@ -3,10 +3,19 @@
 import json
 
 import numpy as np
+import pytest
 import wandb
 
 from rae_xla.config import load_config
 from rae_xla.train.tracking import Tracker
+
+
+@pytest.fixture
+def fresh_wandb():
+    """A process reads wandb's environment once: forget what tests before this one have set."""
+    wandb.teardown()
+    yield
+    wandb.teardown()
 
 
 def lines(folder):
@@ -36,7 +45,7 @@ def test_a_resume_drops_the_lines_of_steps_to_come_and_cut_ones(tmp_path):
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4]
 
 
-def test_wandb_offline_keeps_one_run(tmp_path, monkeypatch):
+def test_wandb_offline_keeps_one_run(fresh_wandb, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     track(tmp_path, "tracking.wandb=true")
@@ -47,8 +56,7 @@ def test_wandb_offline_keeps_one_run(tmp_path, monkeypatch):
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
 
 
-def test_without_wandb_training_goes_on(tmp_path, monkeypatch, capsys):
-    wandb.teardown()  # it keeps the settings of the test before
+def test_without_wandb_training_goes_on(fresh_wandb, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WANDB_MODE", "online")
     monkeypatch.setenv("WANDB_API_KEY", "not a key")
     track(tmp_path, "tracking.wandb=true")
