@@ -52,7 +52,7 @@ fi
 
 # What stands in $venv: the choices at its first line, and at its second, once complete, of what.
 record=$venv/rae-xla.install
-fingerprint=$(cat requirements.lock pyproject.toml | cksum)
+fingerprint=$(cat requirements.lock pyproject.toml install_spmd.sh | cksum)
 had_accelerator=
 had_python=
 had_folder=
@@ -72,9 +72,9 @@ else
     accelerator=$(detect_accelerator) reason="found by itself"
 fi
 case $accelerator in
-    tpu) extras=tpu,xla,quickstart,hub,dev ;;
-    cpu) extras=xla,plan,quickstart,hub,dev ;; # plan: the TPU's compiler, without a TPU
-    cuda) extras=quickstart,hub,dev ;;
+    tpu) extras=tpu,xla,quickstart,hub,dashboard,dev ;;
+    cpu) extras=xla,plan,quickstart,hub,dashboard,dev ;; # plan: the TPU's compiler, without a TPU
+    cuda) extras=quickstart,hub,dashboard,dev ;;
     *) fail "--accelerator is tpu, cuda or cpu, not '$accelerator'" ;;
 esac
 
