@@ -58,7 +58,7 @@ def main() -> None:
             saver.wait()
             assert saver.failure is None
             figures = saver.take_figures()
-            blocked, whole = figures["checkpoint/blocked_seconds"], figures["checkpoint/seconds"]
+            blocked, whole = figures["ckpt/blocked_seconds"], figures["ckpt/seconds"]
             began = time.perf_counter()
             if args.dir is None:
                 dcp.save(state, checkpoint_id=f"{folder}/theirs", no_dist=True)

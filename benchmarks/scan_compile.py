@@ -1,15 +1,21 @@
-"""How long a deep model's gradients take to compile, as one program and as a loop over its blocks.
+"""How long a deep model's training step takes to compile, as one program and as a loop over blocks.
 
-    python benchmarks/scan_compile.py [--depth 28] [--devices 1]
+    python benchmarks/scan_compile.py [--depth 28] [--devices 1]           # on the CPU, and run
+    python benchmarks/scan_compile.py [--depth 28] --topology v6e:4x4      # for a TPU, not run
 
-Each is a process of its own. Prints the seconds of compiling, of all until the first result is
-there (tracing and one run too), what the gradients differ by, and the ratio of the seconds of
-compiling.
+The whole step: forward, backward, clipping, AdamW and moving average; for a TPU with the frozen
+encoder before it (of one layer here), as `rae-xla plan` compiles it. Each is traced and compiled
+in processes of its own. Prints their seconds, of the clock and of all processors together: where
+other work is going on, the latter tell more. On the CPU it prints too by how much losses and
+parameters differ after three steps.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -18,46 +24,122 @@ from pathlib import Path
 
 import torch
 
-from rae_xla.config import RuntimeConfig, load_config
+from rae_xla import load_config
+from rae_xla.config import OptimizerConfig, RuntimeConfig
 from rae_xla.models.dit_dh import DiTDH
+from rae_xla.plan.networks import without_weights
 from rae_xla.runtime import start
+from rae_xla.train.adamw import AdamW
+from rae_xla.train.state import make_state
+from rae_xla.train.step import make_train_step
 
-BATCH = 8
+BATCH, STEPS = 64, 3
+WIDTHS, HEADS = (256, 384), 4
+CONFIG = Path(__file__).parents[1] / "configs/stage2/ditdh_xl_256.yaml"
 
 
-def measure(depth: int, devices: int, scan: bool, out: Path) -> None:
-    """In a process of its own: print the seconds, save loss and gradients."""
+def run_steps(depth: int, devices: int, scan: bool, out: Path) -> None:
+    """In a process of its own: print seconds, save losses and parameters."""
     settings = RuntimeConfig(backend="xla", devices=devices, scan=scan)
     runtime = start(settings, load_config(None).mesh)
     torch.manual_seed(0)
     model = DiTDH(
-        input_size=4, in_channels=8, hidden_size=(64, 96), depth=(depth, 2), num_heads=4,
+        input_size=4, in_channels=8, hidden_size=WIDTHS, depth=(depth, 2), num_heads=HEADS,
         num_classes=4,
     ).train()  # fmt: skip
     for parameter in model.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.05)
-    names = [name for name, p in model.named_parameters() if p.requires_grad]
     batch = {
-        "x": torch.randn(BATCH, 8, 4, 4),
-        "t": torch.rand(BATCH),
-        "y": torch.arange(BATCH) % 4,
-    }
-    runtime.place(model)
+        "x": torch.randn(BATCH, 8, 4, 4), "t": torch.rand(BATCH), "y": torch.arange(BATCH) % 4,
+        "row": torch.arange(BATCH, dtype=torch.int32), "lr": torch.tensor(1e-3),
+    }  # fmt: skip
+    state = make_state(model, runtime)
 
-    @runtime.compile
-    def gradients(batch: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-        loss = model(**batch, label_drop=batch["y"] > 2).square().mean()
-        parameters = dict(model.named_parameters())
-        return [loss, *torch.autograd.grad(loss, [parameters[name] for name in names])]
+    def losses(batch, draws):
+        velocity = model(batch["x"], batch["t"], batch["y"], label_drop=batch["y"] > 2)
+        return (velocity - batch["x"]).square().mean((1, 2, 3))
 
-    begin = time.perf_counter()
-    found = runtime.to_host(dict(zip(["loss", *names], gradients(runtime.put(batch)), strict=True)))
-    total = time.perf_counter() - begin
-    from torch_xla.debug import metrics
+    step = make_train_step(
+        losses, state, AdamW.of(OptimizerConfig()), seed=0, ema_decay=0.99, clip_grad=1.0,
+        accumulate=1, runtime=runtime,
+    )  # fmt: skip
+    compiled = runtime.compile(step)
+    runtime.synchronize()
+    figures, begin = [], (time.perf_counter(), _processor_seconds(resource.RUSAGE_SELF))
+    for number in range(STEPS):
+        told = batch | {"step": torch.tensor(number, dtype=torch.int32)}
+        figures += runtime.fetch([compiled(runtime.put(told))])
+        if number == 0:
+            end = (time.perf_counter(), _processor_seconds(resource.RUSAGE_SELF))
+    print(*(later - earlier for earlier, later in zip(begin, end, strict=True)))
+    torch.save({"figures": torch.stack(figures)} | runtime.to_host(state.model.parameters()), out)
 
-    print(total, metrics.metric_data("CompileTime")[1] / 1e9)
-    torch.save(found, out)
+
+def on_cpu(folder: Path, depth: int, devices: int, scan: bool) -> tuple[float, float]:
+    """Seconds by the clock and of the processors until the first step has run."""
+    arguments = [
+        "--depth",
+        str(depth),
+        "--devices",
+        str(devices),
+        "--out",
+        str(folder / _kind(scan)),
+    ]
+    done = subprocess.run(
+        [sys.executable, __file__, *arguments, *(["--scan"] if scan else [])],
+        stdout=subprocess.PIPE, text=True, check=True,
+    )  # fmt: skip
+    clock, processors = map(float, done.stdout.split()[-2:])
+    return clock, processors
+
+
+def for_tpu(folder: Path, depth: int, topology: str, scan: bool) -> tuple[float, float]:
+    """Seconds by the clock and of the processors of tracing and compiling, imports left out."""
+    from rae_xla.plan.chips import parse_topology
+
+    chips = parse_topology(topology)
+    config = load_config(CONFIG, overrides=[
+        f"stage_2.params.depth=[{depth},2]", f"stage_2.params.hidden_size={list(WIDTHS)}",
+        f"stage_2.params.num_heads=[{HEADS},{HEADS}]", "runtime.precision=bf16",
+        f"runtime.scan={scan}", f"training.global_batch_size={BATCH}", "data.train=null",
+    ])  # fmt: skip
+    config, _ = without_weights(config, folder / "encoder")
+    description = folder / "encoder/config.json"
+    shallow = json.loads(description.read_text()) | {"num_hidden_layers": 1}
+    description.write_text(json.dumps(shallow))
+    base = str(folder / _kind(scan))
+    config.save(Path(base + ".yaml"))
+    jobs = {
+        "trace": {"config": base + ".yaml", "stage": "stage2", "chips": chips.chips,
+                  "slices": chips.slices, "batch": BATCH, "out": base},
+        "compile": {"step": base, "topology": topology, "effort": "fast", "out": base + ".tpu"},
+    }  # fmt: skip
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    environment |= {"PJRT_DEVICE": "CPU"}
+    clock, before = 0.0, _processor_seconds(resource.RUSAGE_CHILDREN)
+    for name, job in jobs.items():
+        file = Path(f"{base}.{name}-job.json")
+        file.write_text(json.dumps(job))
+        subprocess.run(
+            [sys.executable, "-m", f"rae_xla.plan.{name}", str(file)], check=True, env=environment,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        of_job = json.loads(Path(job["out"] + ".json").read_text())
+        clock += of_job["seconds"]
+        now = _processor_seconds(resource.RUSAGE_CHILDREN)
+        print(f"  {_kind(scan)} {name}: {of_job['seconds']:.1f} s, {now - before:.1f} s so far",
+              flush=True)  # fmt: skip
+    return clock, _processor_seconds(resource.RUSAGE_CHILDREN) - before
+
+
+def _processor_seconds(who: int) -> float:
+    used = resource.getrusage(who)
+    return used.ru_utime + used.ru_stime
+
+
+def _kind(scan: bool) -> str:
+    return "loop" if scan else "unrolled"
 
 
 def main() -> None:
@@ -65,30 +147,36 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--depth", type=int, default=28, help="blocks of the encoder")
     parser.add_argument("--devices", type=int, default=1, help="virtual CPU devices")
-    parser.add_argument("--only", choices=("loop", "unrolled"), help=argparse.SUPPRESS)
+    parser.add_argument("--topology", help="compile for these TPUs instead")
+    parser.add_argument("--scan", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.only:
-        measure(args.depth, args.devices, args.only == "loop", args.out)
+    if args.out:
+        run_steps(args.depth, args.devices, args.scan, args.out)
         return
-    seconds, results = {}, {}
-    with tempfile.TemporaryDirectory() as folder:
-        for kind in ("loop", "unrolled"):
-            out = Path(folder) / kind
-            done = subprocess.run(
-                [sys.executable, __file__, "--depth", str(args.depth), "--devices",
-                 str(args.devices), "--only", kind, "--out", str(out)],
-                stdout=subprocess.PIPE, text=True, check=True,
-            )  # fmt: skip
-            total, seconds[kind] = map(float, done.stdout.split()[-2:])
-            results[kind] = torch.load(out, weights_only=True)
-            print(f"{kind:9s} {seconds[kind]:7.1f} s of {total:.1f} s", flush=True)
-    worst = max(
-        ((results["loop"][name] - value).abs().max() / value.abs().max().clamp(min=1e-12)).item()
-        for name, value in results["unrolled"].items()
-    )
-    print(f"gradients differ by {worst:.1e} of their largest entry at most")
-    print(f"unrolled / loop: {seconds['unrolled'] / seconds['loop']:.2f}")
+    seconds = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        for scan in (True, False):
+            if args.topology:
+                seconds[scan] = for_tpu(folder, args.depth, args.topology, scan)
+            else:
+                seconds[scan] = on_cpu(folder, args.depth, args.devices, scan)
+            print(
+                f"{_kind(scan):9s} {seconds[scan][0]:7.1f} s, of processors {seconds[scan][1]:.1f}"
+            )
+        if not args.topology:
+            loop, unrolled = (
+                torch.load(folder / _kind(scan), weights_only=True) for scan in (True, False)
+            )
+            print("losses", *(result["figures"][:, 0].tolist() for result in (loop, unrolled)))
+            worst = max(
+                ((loop[name] - value).abs().max() / value.abs().max().clamp(min=1e-12)).item()
+                for name, value in unrolled.items()
+            )
+            print(f"losses and parameters differ by {worst:.1e} of their largest entry at most")
+    clock, processors = (u / s for u, s in zip(seconds[False], seconds[True], strict=True))
+    print(f"unrolled / loop: {clock:.2f}, of processors {processors:.2f}")
 
 
 if __name__ == "__main__":

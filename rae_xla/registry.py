@@ -37,12 +37,14 @@ def instantiate(spec: ModelSpec | Mapping[str, Any]) -> nn.Module:
     that is a state dict; every key and shape must fit.
 
     Raises:
-        UserError: an unknown target or parameter, a missing checkpoint, or one of another shape.
+        UserError: an unknown target or parameter, a missing checkpoint, one of another shape, or
+            files of an autoencoder that do not belong together (``docs/interop.md``).
     """
     spec = spec if isinstance(spec, ModelSpec) else _as_spec(spec)
     cls = find_class(spec.target)
     _check_keywords(cls, spec)
     model = cls(**spec.params)
+    _check_manifests(model, spec)
     if spec.ckpt is not None:
         load_weights(model, spec.ckpt)
     return model
@@ -67,6 +69,15 @@ def _check_keywords(cls: type, spec: ModelSpec) -> None:
     missing = [n for n, p in valid.items() if p.default is p.empty and n not in spec.params]
     if missing:
         raise UserError(f"{spec.target} needs the parameters {', '.join(missing)}")
+
+
+def _check_manifests(model: nn.Module, spec: ModelSpec) -> None:
+    from rae_xla.models.rae import RAE
+
+    if isinstance(model, RAE) and not next(model.parameters()).is_meta:
+        from rae_xla.interop.belonging import check_rae_files
+
+        check_rae_files(model, spec.params)
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:

@@ -6,7 +6,8 @@ usage() {
     cat <<'EOF'
 usage: bash scripts/test.sh [--fast | --slow] [--no-lint] [--python PYTHON] [-- PYTEST ARGUMENTS]
 
-  --fast             neither the slow tests nor those that need torch_xla
+  --fast             what two minutes are enough for: no slow tests, none that need torch_xla, and
+                     of the others none in tests/integration and none marked unhurried
   --slow             the slow tests too
   --no-lint          the tests alone: no formatting, lint, type or import checks
   --python PYTHON    test with this interpreter as it is, and install nothing
@@ -20,6 +21,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 . scripts/lib_test.sh
 
 marks="not slow"
+fast=false
 with_xla=true
 with_lint=true
 python=
@@ -27,7 +29,7 @@ options=()
 paths=()
 while (($#)); do
     case $1 in
-        --fast) with_xla=false ;;
+        --fast) fast=true with_xla=false ;;
         --slow) marks= ;;
         --no-lint) with_lint=false ;;
         --python) python=${2:?needs an interpreter} && shift ;;
@@ -63,11 +65,19 @@ if $with_lint; then
     step "shellcheck" "$tools/shellcheck" "${scripts[@]}" .ci/run
 fi
 
+# Whoever names files wants them whole.
+left_out=
+if $fast && ((!${#paths[@]})); then
+    marks="$marks and not unhurried"
+    left_out=tests/integration/
+fi
+
 plain_files=()
 xla_files=()
 while read -r file; do
     case ${file%%::*} in
         *_xla.py) xla_files+=("$file") ;;
+        "${left_out:-:}"*) ;;
         *) plain_files+=("$file") ;;
     esac
 done < <(test_files "${paths[@]:-tests}")

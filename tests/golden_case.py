@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from drawn_weights import draw
 from safetensors.torch import load_file
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -30,8 +31,13 @@ class Case:
 
 
 def load_case(name: str) -> Case:
-    """Load ``tests/golden/<name>.json`` and, if there is one, its safetensors."""
+    """Load ``tests/golden/<name>.json`` and, where they are, its weights as drawn and tensors."""
     path = GOLDEN / name
-    tensors = path.with_name(path.name + ".safetensors")
     meta = json.loads(path.with_name(path.name + ".json").read_text())
-    return Case(meta, load_file(str(tensors)) if tensors.exists() else {})
+    tensors: dict[str, torch.Tensor] = {}
+    if (drawn := path.with_name(path.name + ".drawn.json")).exists():
+        for recipe in json.loads(drawn.read_text()):
+            tensors |= draw(recipe)
+    if (stored := path.with_name(path.name + ".safetensors")).exists():
+        tensors |= load_file(str(stored))
+    return Case(meta, tensors)

@@ -10,7 +10,7 @@ from random_loss_networks import fill
 from torch import nn
 
 
-def random_extractor(seed: int = 0) -> nn.Module:
+def random_extractor(seed: int = 0, features: tuple[str, ...] = ("2048",)) -> nn.Module:
     """torch-fidelity's Inception with random weights that keep the scale of their inputs."""
     import torch_fidelity.feature_extractor_inceptionv3 as published
 
@@ -19,7 +19,7 @@ def random_extractor(seed: int = 0) -> nn.Module:
         mock.patch.object(published, "load_state_dict_from_url", return_value={}),
         mock.patch.object(network_class, "load_state_dict"),
     ):
-        network = network_class("inception-v3-compat", ["2048"])
+        network = network_class("inception-v3-compat", list(features))
     fill(network, seed)
     return network
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.unhurried
+
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "setup_gcs_mount.sh"
 

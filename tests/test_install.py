@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.unhurried
+
 ROOT = Path(__file__).parents[1]
 
 # A Python that knows its version by its name, can make an environment with itself in it, and
@@ -205,9 +207,9 @@ def test_no_such_python_is_an_error(machine, asked):
 @pytest.mark.parametrize(
     ("accelerator", "extras"),
     [
-        ("cpu", "xla,plan,quickstart,hub,dev"),
-        ("tpu", "tpu,xla,quickstart,hub,dev"),
-        ("cuda", "quickstart,hub,dev"),
+        ("cpu", "xla,plan,quickstart,hub,dashboard,dev"),
+        ("tpu", "tpu,xla,quickstart,hub,dashboard,dev"),
+        ("cuda", "quickstart,hub,dashboard,dev"),
     ],
 )
 def test_extras_of_each_accelerator(machine, accelerator, extras):
@@ -253,7 +255,7 @@ def test_another_choice_makes_it_anew(machine):
     (machine.project / ".venv/keepsake").touch()
     result = machine.install("--accelerator cuda")
     assert "making it anew" in result.stdout
-    assert machine.installed.endswith("--editable .[quickstart,hub,dev]")
+    assert machine.installed.endswith("--editable .[quickstart,hub,dashboard,dev]")
     assert not (machine.project / ".venv/keepsake").exists()
 
 
@@ -274,7 +276,7 @@ def test_an_interrupted_installation_is_taken_up(machine):
     result = machine.install()
     assert result.returncode == 0
     assert machine.installed.endswith(
-        "--editable .[quickstart,hub,dev]"
+        "--editable .[quickstart,hub,dashboard,dev]"
     )  # the choice is remembered
     assert machine.install().stdout.startswith("install: ready:")
 

@@ -1,16 +1,16 @@
-"""``rae-xla evaluate``: what reconstructions are worth, and what decoders make of samples."""
+"""``rae-xla evaluate``: what reconstructions, samples and decoders are worth."""
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
+from rae_xla.cli.evaluation_report import circumstances, print_warnings, write_json
 from rae_xla.cli.options import add_config, check_out_file, check_out_folder, read_config
-from rae_xla.config.check import RECON_METRICS
+from rae_xla.config.check import GEN_METRICS, RECON_METRICS
 from rae_xla.errors import UserError
 
 if TYPE_CHECKING:
@@ -20,11 +20,17 @@ if TYPE_CHECKING:
     from rae_xla.models.rae import RAE
     from rae_xla.runtime import Runtime
 
-METRICS = {"recon": RECON_METRICS, "decoders": ("psnr", "fid")}
-# Options of one command that mean nothing to the other.
+METRICS = {"recon": RECON_METRICS, "gen": GEN_METRICS, "decoders": ("psnr", "fid")}
+# Options that mean something to some of the three alone.
 ONLY = {
-    "recon": ("ckpt", "weights", "data", "num_images", "batch_size"),
-    "decoders": ("latents", "decoders"),
+    "ckpt": ("recon",),
+    "weights": ("recon",),
+    "data": ("recon",),
+    "num_images": ("recon", "gen"),
+    "batch_size": ("recon", "gen"),
+    "samples": ("gen",),
+    "latents": ("decoders",),
+    "decoders": ("decoders",),
 }
 
 
@@ -33,27 +39,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "what",
         choices=tuple(METRICS),
-        help="recon: PSNR, SSIM, LPIPS and rFID of reconstructions; decoders: gFID of the same "
-        "sampled latents through several decoders",
+        help="recon: PSNR, SSIM, LPIPS and rFID of reconstructions; gen: FID, sFID, Inception "
+        "Score, precision and recall of samples; decoders: gFID of the same sampled latents "
+        "through several decoders",
     )
-    add_config(parser)
+    add_config(parser, required=False)
     parser.add_argument(
         "--metrics",
         nargs="+",
         metavar="NAME",
-        help="recon: psnr ssim lpips rfid; decoders: psnr fid (default: all)",
+        help="recon: psnr ssim lpips rfid; gen: fid sfid is precision recall fd_dinov2; decoders: "
+        "psnr fid (default: all, but fd_dinov2)",
     )
     parser.add_argument(
         "--reference",
-        type=Path,
         metavar="FILE.npz",
-        help="what FID compares with: arr_0 (images), or mu and sigma (recon: the originals)",
+        help="what FID compares with: arr_0 (images), or mu and sigma (recon: the originals); gen: "
+        "a folder of shards too",
     )
     parser.add_argument(
         "--out",
         type=Path,
         metavar="PATH",
-        help="recon: JSON file of the report; decoders: folder of report.json and grid.png",
+        help="recon, gen: JSON file of the report; decoders: folder of report.json and grid.png",
+    )
+    several = parser.add_argument_group("recon, gen")
+    several.add_argument(
+        "--num-images", type=int, metavar="N", help="the first N images (default: all)"
+    )
+    several.add_argument(
+        "--batch-size", type=int, metavar="N", help="images under way at a time; default: 64"
     )
     recon = parser.add_argument_group("recon")
     recon.add_argument(
@@ -63,11 +78,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     recon.add_argument("--weights", choices=("ema", "model"), help="of --ckpt (default: ema)")
     recon.add_argument("--data", metavar="SHARDS", help="shards to reconstruct (data.val)")
-    recon.add_argument(
-        "--num-images", type=int, metavar="N", help="the first N of them (default: all)"
-    )
-    recon.add_argument(
-        "--batch-size", type=int, metavar="N", help="under way at a time; default: 64"
+    gen = parser.add_argument_group("gen")
+    gen.add_argument(
+        "--samples",
+        nargs="+",
+        metavar="PATH",
+        help=".npz files (arr_0), or folders of pictures or of tar files; several (seeds) give "
+        "mean and spread",
     )
     decoders = parser.add_argument_group("decoders")
     decoders.add_argument(
@@ -80,18 +97,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print a table, write the report."""
-    for name in ("metrics", "decoders"):
+    for name in ("metrics", "samples", "decoders"):
         _give_back_settings(args, name)
-    for what, names in ONLY.items():
-        given = [name for name in names if getattr(args, name) is not None]
-        if what != args.what and given:
-            option = given[0].replace("_", "-")
-            raise UserError(f"--{option} belongs to `rae-xla evaluate {what}`, not {args.what}")
-    metrics = tuple(dict.fromkeys(args.metrics or METRICS[args.what]))
+    for name, owners in ONLY.items():
+        if getattr(args, name) is not None and args.what not in owners:
+            owner = " and ".join(f"`rae-xla evaluate {owner}`" for owner in owners)
+            raise UserError(f"--{name.replace('_', '-')} belongs to {owner}, not {args.what}")
+    default = [name for name in METRICS[args.what] if name != "fd_dinov2"]
+    metrics = tuple(dict.fromkeys(args.metrics or default))
     unknown = [name for name in metrics if name not in METRICS[args.what]]
     if unknown:
         known = " ".join(METRICS[args.what])
         raise UserError(f"--metrics {unknown[0]}: evaluate {args.what} knows {known}")
+    if args.what == "gen":
+        from rae_xla.cli.evaluate_gen import evaluate_gen
+
+        return evaluate_gen(args, metrics)
+    if args.config is None:
+        raise UserError(f"evaluate {args.what} needs --config FILE, which names the autoencoder")
     return _recon(args, metrics) if args.what == "recon" else _decoders(args, metrics)
 
 
@@ -147,16 +170,16 @@ def _recon(args: argparse.Namespace, metrics: tuple[str, ...]) -> int:
         print(f"  {name:<6} {value:12.6f} {UNITS.get(name, ''):<3} {report.num_images} images")
     if report.reference is not None:
         print(f"rfid against {report.reference}")
-    _print_warnings(report.warnings)
+    print_warnings(report.warnings)
     if args.out is not None:
         found = report.describe() | {"checkpoint": checkpoint}
-        _write_json(args.out, found | _circumstances(args, config, runtime, metrics))
+        write_json(args.out, found | circumstances(args, config, runtime, metrics))
         print(f"{args.out}")
     return 0
 
 
 def _decoders(args: argparse.Namespace, metrics: tuple[str, ...]) -> int:
-    for name in ONLY["decoders"]:
+    for name in ("latents", "decoders"):
         if getattr(args, name) is None:
             raise UserError(f"evaluate decoders needs --{name}")
     if "fid" in metrics and args.reference is None:
@@ -203,21 +226,19 @@ def _decoders(args: argparse.Namespace, metrics: tuple[str, ...]) -> int:
         print(f"  {result.name:<{width}}  {fid:>12}  {ratio:>17}")
     if report.reference is not None:
         print(f"fid against {report.reference}")
-    _print_warnings(report.warnings)
+    print_warnings(report.warnings)
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
         save_png(args.out / "grid.png", report.grid)
         found = report.describe() | {"latents": str(args.latents)}
-        _write_json(
-            args.out / "report.json", found | _circumstances(args, config, runtime, metrics)
-        )
+        write_json(args.out / "report.json", found | circumstances(args, config, runtime, metrics))
         print(f"{args.out}")
     return 0
 
 
-def _check_files(reference: Path | None) -> None:
+def _check_files(reference: str | None) -> None:
     """Before anything is loaded, or downloaded."""
-    if reference is not None and not reference.expanduser().is_file():
+    if reference is not None and not Path(reference).expanduser().is_file():
         raise UserError(f"reference {reference}: there is no such file")
 
 
@@ -294,37 +315,3 @@ def _load_features(
     others = " ".join(metric for metric in metrics if metric != name) or "psnr"
     network = load_inception(config.weights.inception, f"--metrics {others}")
     return FeatureNetwork(network, runtime)
-
-
-def _circumstances(
-    args: argparse.Namespace, config: RunConfig, runtime: Runtime, metrics: tuple[str, ...]
-) -> dict[str, Any]:
-    import torch
-
-    import rae_xla
-
-    used: dict[str, str] = {}
-    if "lpips" in metrics:
-        used["vgg16"] = config.weights.vgg16 or "torchvision's own"
-        used["lpips"] = config.weights.lpips or "the lpips package's own"
-    if {"rfid", "fid"} & set(metrics):
-        used["inception"] = config.weights.inception or "torch-fidelity's own"
-    return {
-        "config": str(args.config),
-        "overrides": list(args.overrides),
-        "weights": used,
-        "runtime": runtime.description,
-        "versions": {"rae_xla": rae_xla.__version__, "torch": torch.__version__},
-    }
-
-
-def _print_warnings(warnings: tuple[str, ...]) -> None:
-    for warning in warnings:
-        print(f"warning: {warning}")
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    unfinished.replace(path)

@@ -22,12 +22,16 @@ VERBS = {
     "plan": "what a run will cost on a TPU, before one is rented",
     "doctor": "try out all that a run needs: devices, storage, data, hosts",
     "train": "train an autoencoder (stage1) or a diffusion transformer (stage2)",
+    "report": "one page of curves, samples and settings of one or several runs",
     "stats": "mean and variance of a data set's latents",
+    "generate": "draw pictures of named classes; downloads the published models",
     "sample": "draw images from a trained diffusion transformer",
     "reconstruct": "send images through an autoencoder and back",
     "evaluate": "measure reconstructions, or compare decoders",
     "checkpoints": "list, verify, export or prune what a run has saved",
+    "convert": "weights from one layout to another: published, diffusers, safetensors, ours",
     "export": "write a trained model as files of the published layout",
+    "hub": "published models here, our own there",
 }
 
 _FIRST_SPEAKS = 5.0  # seconds; torchrun looks for failed processes ten times in each

@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from rae_xla.config import RunConfig
 
 
-def add_config(parser: argparse.ArgumentParser) -> None:
+def add_config(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """``--config FILE [key=value ...]``."""
-    parser.add_argument("--config", required=True, metavar="FILE", help="the run's YAML")
+    parser.add_argument("--config", required=required, metavar="FILE", help="the run's YAML")
     parser.add_argument(
         "overrides",
         nargs="*",

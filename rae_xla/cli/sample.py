@@ -28,6 +28,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="equal (the default), random, or class numbers such as 207,360",
     )
     parser.add_argument("--batch-size", type=int, default=100, metavar="N", help="default: 100")
+    parser.add_argument(
+        "--layout",
+        choices=("flat", "folders", "tar"),
+        default="flat",
+        help="PNGs in one folder (the default), in folders of 1,000, or in tar files of 1,000",
+    )
+    parser.add_argument(
+        "--workers", type=int, default=4, metavar="N", help="threads that write PNGs; default: 4"
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
     parser.add_argument(
         "--keep-latents",
@@ -42,26 +51,27 @@ def run(args: argparse.Namespace) -> int:
 
     extra = [f"stage_2.ckpt={find_weights(args.ckpt, '--ckpt')}"] if args.ckpt else []
     config = read_config(args, *extra)
-    if args.num_samples < 1 or args.batch_size < 1:
-        raise UserError("--num-samples and --batch-size must be at least 1")
+    if min(args.num_samples, args.batch_size, args.workers) < 1:
+        raise UserError("--num-samples, --batch-size and --workers must be at least 1")
 
     from rae_xla.runtime import start
     from rae_xla.sample.generate import load_sampler
     from rae_xla.sample.labels import make_labels
-    from rae_xla.sample.sample_set import claim_set, write_set
+    from rae_xla.sample.sample_set import claim_set, whole_on_every_device, write_set
 
     labels = make_labels(args.labels, args.num_samples, config.misc.num_classes, args.seed)
-    keep = {"keep_latents": args.keep_latents}
-    claim_set(args.out, config, labels=args.labels, seed=args.seed, count=args.num_samples, **keep)
-    runtime = start(config.runtime, config.mesh, seed=config.training.global_seed)
+    mesh = whole_on_every_device(config.mesh)
+    runtime = start(config.runtime, mesh, seed=config.training.global_seed)
+    how = {"seed": args.seed, "keep_latents": args.keep_latents, "layout": args.layout}
+    claim_set(args.out, config, runtime, labels=args.labels, count=args.num_samples, **how)
     sampler = load_sampler(config, runtime)
     guidance = config.guidance
-    how = f"{guidance.method} {guidance.scale:g}" if guidance.scale > 1 else "no guidance"
+    guided = f"{guidance.method} {guidance.scale:g}" if guidance.scale > 1 else "no guidance"
     speaks = runtime.process_index == 0
     if speaks:
-        print(f"{args.num_samples} samples, {how}, on {runtime.description}")
+        print(f"{args.num_samples} samples, {guided}, on {runtime.description}")
     batch = min(args.batch_size, args.num_samples)
-    written = write_set(sampler, labels, seed=args.seed, batch=batch, out=args.out, **keep)
+    written = write_set(sampler, labels, batch=batch, out=args.out, workers=args.workers, **how)
     if speaks:
         print(f"{written}")
     return 0

@@ -42,6 +42,7 @@ def run(args: argparse.Namespace) -> int:
     from rae_xla.data.stream import one_pass
     from rae_xla.data.transforms import CenterCrop
     from rae_xla.evaluate.latent_statistics import latent_moments
+    from rae_xla.interop.belonging import encoder_of, write_statistics_manifest
     from rae_xla.models.rae import RAE
     from rae_xla.models.weights import write_torch_file
     from rae_xla.registry import instantiate
@@ -50,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
     index = open_index(path)
     runtime = start(config.runtime, config.mesh, seed=config.training.global_seed)
     rae = cast("RAE", instantiate(config.stage_1)).requires_grad_(False)
+    encoder = encoder_of(rae, str(config.stage_1.params.get("encoder_config_path")))
     runtime.place(rae)
     parts = runtime.mesh.batch_parts
     batch_size = -(-args.batch_size // parts) * parts
@@ -69,7 +71,9 @@ def run(args: argparse.Namespace) -> int:
         rae, runtime, tqdm(batches, total=total, unit="batch", disable=not speaks)
     )
     if speaks:
-        write_torch_file({"mean": moments.mean.float(), "var": moments.variance.float()}, args.out)
+        mean, var = moments.mean.float(), moments.variance.float()
+        write_torch_file({"mean": mean, "var": var}, args.out)
+        write_statistics_manifest(args.out, mean, var, encoder)
         print(
             f"{args.out}: {tuple(moments.mean.shape)} over {moments.count:.0f} images; "
             f"mean {moments.mean.mean():.4f}, variance {moments.variance.mean():.4f} on average"

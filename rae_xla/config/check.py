@@ -103,6 +103,8 @@ _POSITIVE = (
     "eval.eval_interval",
     "eval.num_images",
     "eval.batch_size",
+    "eval.num_samples",
+    "eval.lite_samples",
     "gan.disc.arch.ks",
     "gan.loss.disc_updates",
     "gan.loss.max_d_weight",
@@ -316,14 +318,21 @@ def _check_gan(config: RunConfig, origin: Origin) -> None:
 
 
 RECON_METRICS = ("psnr", "ssim", "lpips", "rfid")
+GEN_METRICS = ("fid", "sfid", "is", "precision", "recall", "fd_dinov2")
 
 
 def _check_eval(config: RunConfig, origin: Origin) -> None:
-    if config.eval and not config.eval.metrics:
+    if config.eval is None:
+        return
+    if config.eval.metrics == ():
         _refuse(
             "eval.metrics", origin, "there is none: to train without evaluation write eval: null"
         )
-    for name in config.eval.metrics if config.eval else ():
-        if name not in RECON_METRICS:
-            known = ", ".join(RECON_METRICS)
+    if config.eval.lite_interval < 0:
+        _refuse(
+            "eval.lite_interval", origin, f"expected 0 or more, got {config.eval.lite_interval}"
+        )
+    for name in config.eval.metrics or ():
+        if name not in (*RECON_METRICS, *GEN_METRICS):
+            known = f"{', '.join(RECON_METRICS)} in stage 1, {', '.join(GEN_METRICS)} in stage 2"
             _refuse("eval.metrics", origin, f"there is no metric {name!r}; there are {known}")

@@ -177,13 +177,20 @@ class EvalConfig:
     num_images: Annotated[int | None, "how many of them, from the first; default: all"] = None
     batch_size: Annotated[int, "images at a time; no result depends on it"] = 64
     reference_npz_path: Annotated[
-        str | None, "images or moments that rFID compares with; default: the validation images"
+        str | None, "images or moments that FIDs compare with; default: the validation images"
     ] = None
-    metrics: Annotated[tuple[str, ...], "stage 1: `psnr`, `ssim`, `lpips`, `rfid`"] = (
-        "psnr",
-        "ssim",
-        "rfid",
-    )
+    metrics: Annotated[
+        tuple[str, ...] | None,
+        "stage 1: `psnr`, `ssim`, `lpips`, `rfid` (default: all but `lpips`); stage 2: `fid`,"
+        " `sfid`, `is`, `precision`, `recall`, `fd_dinov2` (default: `fid`, `is`)",
+    ] = None
+    num_samples: Annotated[int, "stage 2: images drawn for an evaluation"] = 10_000
+    lite_interval: Annotated[
+        int,
+        "stage 2: steps between small evaluations until the first whole one, named"
+        " `eval/fid_lite` and so on; 0: none",
+    ] = 1000
+    lite_samples: Annotated[int, "stage 2: images drawn for a small one"] = 512
 
 
 @dataclass(frozen=True)
@@ -254,6 +261,10 @@ class WeightsConfig:
     vgg16: Annotated[str | None, "VGG16 of LPIPS, as torchvision has it"] = None
     lpips: Annotated[str | None, "linear layers of LPIPS, as the lpips package has them"] = None
     inception: Annotated[str | None, "Inception of FID, as torch-fidelity has it"] = None
+    dinov2: Annotated[
+        str | None,
+        "DINOv2 of fd_dinov2: folder or hub id; null: facebook/dinov2-with-registers-large",
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -330,6 +341,12 @@ class RuntimeConfig:
     scan: Annotated[bool, "on XLA: compile blocks that are alike once, and run them in a loop"] = (
         False
     )
+    attention: Annotated[
+        Literal["auto", "plain", "flash"],
+        "on TPU in bf16: `flash` takes Pallas kernels that keep attention weights on the chip (for"
+        " a multiple of 128 tokens; needs jax 0.7.1); `auto` does so from 1,024 tokens on, where"
+        " they can be had",
+    ] = "auto"
     compile: Annotated[bool, "torch.compile on CUDA"] = False
     compile_cache: Annotated[str | None, "folder that keeps compiled XLA programs"] = None
     devices: Annotated[int | None, "virtual CPU devices of the xla backend"] = None

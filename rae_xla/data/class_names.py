@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from rae_xla.data import storage
@@ -65,6 +67,49 @@ def names_for(largest: int, given: tuple[str, ...] | None, where: str) -> tuple[
             f"(0 to {len(given) - 1})"
         )
     return given
+
+
+def imagenet_names() -> tuple[str, ...]:
+    """The 1,000 classes of ImageNet (ILSVRC 2012) in the order of their labels, in short English
+    words, as torchvision's classifiers have them.
+    """
+    from torchvision.models import ResNet50_Weights
+
+    return tuple(ResNet50_Weights.IMAGENET1K_V1.meta["categories"])
+
+
+def find_class(word: str, names: Sequence[str]) -> int:
+    """The label of a class by its name, or by words of it that no other class has.
+
+    Upper and lower case count only where two names differ in nothing else.
+
+    Raises:
+        UserError: no class or several of them fit; the message says which come near.
+    """
+    wanted = word.strip()
+    by_words = set(wanted.lower().split())
+    tests = (
+        lambda name: name == wanted,
+        lambda name: name.lower() == wanted.lower(),
+        lambda name: bool(by_words) and by_words <= set(name.lower().split()),
+    )
+    for fits in tests:
+        found = [label for label, name in enumerate(names) if fits(name)]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise UserError(f"several classes are called {wanted!r}: {_numbered(found, names)}")
+    lower = [name.lower() for name in names]
+    near = difflib.get_close_matches(wanted.lower(), lower, n=3)
+    near += [name for name in lower if wanted.lower() in name and len(wanted) > 2][:3]
+    labels = list(dict.fromkeys(map(lower.index, near)))
+    hint = f"near it: {_numbered(labels, names)}" if labels else "give its number instead"
+    raise UserError(f"there is no class {wanted!r}; {hint}")
+
+
+def _numbered(labels: Sequence[int], names: Sequence[str]) -> str:
+    more = ", …" if len(labels) > 5 else ""
+    return ", ".join(f"{names[label]} ({label})" for label in labels[:5]) + more
 
 
 def _json_pairs(file: str, text: str) -> list[tuple[str, int]]:

@@ -14,6 +14,7 @@ import torch
 
 import rae_xla
 from rae_xla.doctor.finding import Finding, Patient, Status
+from rae_xla.train.wandb_sink import wandb_place
 
 VERSIONS, ENVIRONMENT, TRACKING = "versions", "environment", "tracking"
 
@@ -45,6 +46,9 @@ VARIABLES = (
     "RAE_XLA_GCS_TIMEOUT",
     "PROJECT",
     "ENTITY",
+    "WANDB_PROJECT",
+    "WANDB_ENTITY",
+    "WANDB_BASE_URL",
     "WANDB_MODE",
     "WANDB_DIR",
 )
@@ -139,7 +143,7 @@ def check_tracking(patient: Patient) -> Iterator[Finding]:
         yield Finding(TRACKING, "wandb", wanted, text, f"wandb: {text}. {ways}")
         return
     if known:
-        where = settings.project or os.environ.get("PROJECT") or "rae_xla"
+        where = wandb_place(settings)["project"]
         yield Finding(TRACKING, "wandb", "ok", f"logged in; project {where}")
     else:
         fix = f"tracking.wandb is true but wandb is not logged in: {ways}"

@@ -1,4 +1,4 @@
-"""Features of pictures by the Inception network that published FIDs rest on."""
+"""Features of pictures by the Inception network that published figures rest on."""
 
 from __future__ import annotations
 
@@ -10,17 +10,29 @@ from torch import Tensor, nn
 
 from rae_xla.errors import UserError
 from rae_xla.models.weights import read_torch_file
-from rae_xla.runtime import Runtime
+from rae_xla.runtime import Batch, Runtime
 
 if TYPE_CHECKING:
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 FEATURES = 2048
+SPATIAL_CHANNELS = 7
+SPATIAL_FEATURES = SPATIAL_CHANNELS * 17 * 17
+CLASSES = 1008
 SIDE = 299
+LAST_SPATIAL = "Mixed_6d"
+"""TensorFlow's ``mixed_6``, by the table torch-fidelity converted the weights with."""
 WITHOUT = "--metrics psnr ssim lpips"
 
 
-class Inception(nn.Module):
+class FeatureModule(nn.Module):
+    """Makes named features (B, D), float32, of pictures (B, 3, H, W) uint8."""
+
+    source: str
+    """Where the weights come from, for reports."""
+
+
+class Inception(FeatureModule):
     """``inception-v3-compat`` of torch-fidelity: the TensorFlow network of 2015, ported.
 
     The layers are torch-fidelity's own. Only the resize before them is ours: matrix products in the
@@ -29,17 +41,32 @@ class Inception(nn.Module):
 
     def __init__(self, extractor: FeatureExtractorInceptionV3, source: str) -> None:
         super().__init__()
-        # everything up to the pooling; torch-fidelity declares it in the order it is applied
-        layers = [layer for name, layer in extractor.named_children() if name != "fc"]
-        self.layers = nn.Sequential(*layers)
+        # torch-fidelity declares its layers in the order they are applied
+        layers = dict(extractor.named_children())
+        self.classes = nn.Linear(FEATURES, CLASSES, bias=False)
+        self.classes.weight = layers.pop("fc").weight
+        names = list(layers)
+        after = names.index(LAST_SPATIAL) + 1
+        self.spatial = nn.Sequential(*(layers[name] for name in names[:after]))
+        self.pool = nn.Sequential(*(layers[name] for name in names[after:]))
         self.source = source
-        """Where the weights come from, for reports."""
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        """Features (B, 2048) float32 of pictures (B, 3, H, W) uint8."""
+    def forward(self, pixels: Tensor) -> dict[str, Tensor]:
+        """Features, float32, of pictures (B, 3, H, W) uint8.
+
+        Returns:
+            ``pool`` (B, 2048), what FID, precision and recall compare; ``spatial`` (B, 2023), what
+            sFID does: the first 7 channels of the map TensorFlow calls ``mixed_6/conv``, 17 x 17,
+            channels last as in the moments of the ADM suite (Nash et al. 2021); ``logits``
+            (B, 1008), what the Inception Score is of: without their bias, as torch-fidelity and the
+            ADM suite have it.
+        """
         images = resize_like_tensorflow1(pixels.float(), SIDE)
-        features: Tensor = self.layers((images - 128) / 128).flatten(1)
-        return features
+        maps = self.spatial((images - 128) / 128)
+        pool = self.pool(maps).flatten(1)
+        # the block's output begins with that of its 1 x 1 convolution, mixed_6/conv
+        spatial = maps[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
+        return {"pool": pool, "spatial": spatial, "logits": self.classes(pool)}
 
 
 def resize_like_tensorflow1(images: Tensor, size: int) -> Tensor:
@@ -108,19 +135,24 @@ def load_inception(path: str | None, without: str = WITHOUT) -> Inception:
 
 
 class FeatureNetwork:
-    """An ``Inception`` on the devices, compiled: pictures to features, both on the devices."""
+    """A ``FeatureModule`` on the devices, compiled: pictures to features, both on the devices."""
 
-    def __init__(self, network: Inception, runtime: Runtime) -> None:
+    def __init__(self, network: FeatureModule, runtime: Runtime) -> None:
         runtime.place(network)
         self.source = network.source
 
         @runtime.compile
-        def features(pixels: Tensor) -> Tensor:
+        def features(pixels: Tensor) -> Batch:
             with torch.no_grad():
-                return network(pixels)
+                made: Batch = network(pixels)
+            return made
 
         self._features = features
 
-    def __call__(self, pixels: Tensor) -> Tensor:
-        """Features (B, 2048) of a whole chunk of pictures (B, 3, H, W) uint8."""
+    def all(self, pixels: Tensor) -> Batch:
+        """Every feature (B, D) of a whole chunk of pictures (B, 3, H, W) uint8, by name."""
         return self._features(pixels)
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """What an ``Inception`` calls ``pool``, (B, 2048), of a whole chunk of pictures."""
+        return self._features(pixels)["pool"]

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import math
-import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,11 +13,16 @@ from rae_xla.data.index import ShardIndex
 from rae_xla.errors import UserError
 from rae_xla.evaluate.chunks import chunk_rows, on_devices
 from rae_xla.evaluate.frechet import Gaussian, MomentStream
-from rae_xla.evaluate.inception import FEATURES, FeatureNetwork
+from rae_xla.evaluate.inception import FEATURES, SPATIAL_FEATURES, FeatureNetwork
+from rae_xla.evaluate.npz_images import (
+    IMAGES,
+    SHOWN_DIGITS,
+    NpzImages,
+    array_names,
+    file_hash,
+    open_npz,
+)
 from rae_xla.runtime import Runtime
-from rae_xla.sample.pictures import Pixels
-
-SHOWN_DIGITS = 12
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,8 @@ class Reference:
     sha256: str
     """First digits of the hash of its content."""
     gaussian: Gaussian | None = None
+    images: int | None = None
+    """Pictures in it that its moments are not, or not only, of."""
 
     def with_gaussian(self, gaussian: Gaussian) -> Reference:
         """The same set with the Gaussian of its features."""
@@ -43,7 +45,8 @@ class Reference:
 
     def describe(self) -> dict[str, Any]:
         """For reports."""
-        return {n: getattr(self, n) for n in ("kind", "path", "count", "sha256")}
+        names = ("kind", "path", "count", "sha256", *(["images"] if self.images else []))
+        return {name: getattr(self, name) for name in names}
 
     def __str__(self) -> str:
         count = "an unknown number of" if self.count is None else f"{self.count}"
@@ -52,6 +55,8 @@ class Reference:
             "images": f"{count} images in {self.path}",
             "moments": f"moments of {count} images in {self.path}",
         }
+        if self.images is not None:
+            what["moments"] += f", and the {self.images} images there"
         return f"{what[self.kind]} (sha256 {self.sha256})"
 
     def warning(self, count: int) -> str | None:
@@ -86,100 +91,80 @@ def load_reference(
         UserError: no such file, another content, or pictures of another size.
     """
     path = Path(path).expanduser()
-    with _open_npz(path) as archive:
-        names = {name.removesuffix(".npy") for name in archive.namelist()}
-        if {"mu", "sigma"} <= names:
-            gaussian = _read_moments(path)
-            return Reference("moments", str(path), None, _hash(path), gaussian)
-        if "arr_0" not in names:
-            raise UserError(
-                f"reference {path}: neither arr_0 (images) nor mu and sigma (moments); it has "
-                f"{', '.join(sorted(names)) or 'nothing'}"
-            )
-        moments = MomentStream()
-        count = 0
-        pictures = _read_images(archive, path, image_size, chunk_rows(runtime))
-        for part, rows in on_devices(runtime, pictures):
-            found = runtime.to_host({"features": features(rows)})["features"]
-            moments.add(found[: len(part)])
-            count += len(part)
+    if moments_in(path):
+        return Reference("moments", str(path), None, file_hash(path), read_moments(path, "mu"))
+    images = open_images(path, image_size)
+    moments = MomentStream()
+    for part, rows in on_devices(runtime, images.chunks(chunk_rows(runtime))):
+        moments.add(runtime.to_host({"features": features(rows)})["features"][: len(part)])
     gaussian = moments.moments().gaussian(f"reference {path}")
-    return Reference("images", str(path), count, _hash(path), gaussian)
+    return Reference("images", str(path), images.count, file_hash(path), gaussian)
 
 
-@contextmanager
-def _open_npz(path: Path) -> Iterator[zipfile.ZipFile]:
-    if not path.is_file():
-        raise UserError(f"reference {path}: there is no such file")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            yield archive
-    except (zipfile.BadZipFile, EOFError, OSError) as error:
-        raise UserError(f"reference {path} is not a readable .npz file: {error}") from error
+def moments_in(path: Path) -> bool:
+    """Whether a reference file has the moments of its features.
 
-
-def _read_moments(path: Path) -> Gaussian:
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            mean, covariance = arrays["mu"], arrays["sigma"]
-    except ValueError as error:
-        raise UserError(f"reference {path}: mu or sigma cannot be read: {error}") from error
-    if mean.shape != (FEATURES,) or covariance.shape != (FEATURES, FEATURES):
+    Raises:
+        UserError: no such file, or one with neither moments nor images.
+    """
+    with open_npz(path, "reference") as archive:
+        names = array_names(archive)
+    if {"mu", "sigma"} <= set(names):
+        return True
+    if IMAGES not in names:
         raise UserError(
-            f"reference {path}: mu is {mean.shape} and sigma {covariance.shape}; the features of "
-            f"this Inception need ({FEATURES},) and ({FEATURES}, {FEATURES})"
+            f"reference {path}: neither {IMAGES} (images) nor mu and sigma (moments); it has "
+            f"{', '.join(names) or 'nothing'}"
+        )
+    return False
+
+
+def open_images(path: Path, image_size: int) -> NpzImages:
+    """The images of a reference file, for pictures of ``image_size`` pixels a side.
+
+    Raises:
+        UserError: images of another size or type, or fewer than two.
+    """
+    images = NpzImages(path, "reference")
+    if images.side != image_size:
+        raise UserError(
+            f"reference {path}: its images are {images.side} x {images.side} pixels, those "
+            f"compared with them {image_size} x {image_size}"
+        )
+    if images.count < 2:
+        raise UserError(
+            f"reference {path}: {images.count} image has no covariance; two are needed at least"
+        )
+    return images
+
+
+def read_moments(path: Path, mean_name: Literal["mu", "mu_s"]) -> Gaussian:
+    """Moments in a reference file: ``mu`` and ``sigma`` of FID's features, or ``mu_s`` and
+    ``sigma_s`` of sFID's, as the ADM reference batches have them.
+
+    Raises:
+        UserError: moments of other features, or what is no covariance.
+    """
+    covariance_name = mean_name.replace("mu", "sigma")
+    size = FEATURES if mean_name == "mu" else SPATIAL_FEATURES
+    names = f"{mean_name} or {covariance_name}"
+    try:
+        with open_npz(path, "reference"), np.load(path, allow_pickle=False) as arrays:
+            mean, covariance = arrays[mean_name], arrays[covariance_name]
+    except ValueError as error:
+        raise UserError(f"reference {path}: {names} cannot be read: {error}") from error
+    if mean.shape != (size,) or covariance.shape != (size, size):
+        raise UserError(
+            f"reference {path}: {mean_name} is {mean.shape} and {covariance_name} "
+            f"{covariance.shape}; the features of this Inception need ({size},) and "
+            f"({size}, {size})"
         )
     mean, covariance = mean.astype(np.float64), covariance.astype(np.float64)
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
-        raise UserError(f"reference {path}: mu or sigma has values that are not finite")
+        raise UserError(f"reference {path}: {names} has values that are not finite")
     if np.abs(covariance - covariance.T).max() > 1e-4 * np.abs(covariance).max():
-        raise UserError(f"reference {path}: sigma is not symmetric, so it is no covariance")
+        raise UserError(
+            f"reference {path}: {covariance_name} is not symmetric, so it is no covariance"
+        )
     symmetric = (covariance + covariance.T) / 2
     return Gaussian(torch.from_numpy(mean), torch.from_numpy(symmetric))
-
-
-def _read_images(
-    archive: zipfile.ZipFile, path: Path, image_size: int, rows: int
-) -> Iterator[Pixels]:
-    """Pictures (n, 3, H, W), ``rows`` at a time: a set of 50 000 would fill the memory."""
-    with archive.open("arr_0.npy") as member:
-        shape, fortran, dtype = _npy_header(cast("BinaryIO", member), path)
-        if dtype != np.uint8 or fortran or len(shape) != 4 or shape[3] != 3:
-            raise UserError(
-                f"reference {path}: arr_0 is {dtype} {shape}; it must be uint8 (N, H, W, 3)"
-            )
-        if shape[1:3] != (image_size, image_size):
-            raise UserError(
-                f"reference {path}: its images are {shape[1]} x {shape[2]} pixels, those compared "
-                f"with them {image_size} x {image_size}"
-            )
-        if shape[0] < 2:
-            raise UserError(
-                f"reference {path}: {shape[0]} image has no covariance; two are needed at least"
-            )
-        for start in range(0, shape[0], rows):
-            count = min(rows, shape[0] - start)
-            data = member.read(count * math.prod(shape[1:]))
-            if len(data) < count * math.prod(shape[1:]):
-                raise UserError(f"reference {path}: arr_0 is truncated")
-            pixels = np.frombuffer(data, np.uint8).reshape(count, *shape[1:])
-            yield np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
-
-
-def _npy_header(file: BinaryIO, path: Path) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    readers = {
-        (1, 0): np.lib.format.read_array_header_1_0,
-        (2, 0): np.lib.format.read_array_header_2_0,
-    }
-    try:
-        return readers[np.lib.format.read_magic(file)](file)
-    except (KeyError, ValueError) as error:
-        raise UserError(f"reference {path}: arr_0 cannot be read: {error}") from error
-
-
-def _hash(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(2**20):
-            digest.update(part)
-    return digest.hexdigest()[:SHOWN_DIGITS]

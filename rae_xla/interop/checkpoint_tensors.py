@@ -114,15 +114,20 @@ def find_weights(path: str | Path, what: str = "checkpoint") -> str:
     """The file or the sharded checkpoint that a path to weights stands for.
 
     Args:
-        path: a ``.pt`` or ``.safetensors`` file, a folder ``step-…``, or a folder of those or a
-            results folder, which stand for the newest; local or ``gs://``.
+        path: a ``.pt`` or ``.safetensors`` file, a folder that ``save_pretrained`` wrote, a folder
+            ``step-…``, or a folder of those or a results folder, which stand for the newest; local
+            or ``gs://``.
         what: what to call it in errors.
 
     Raises:
         UserError: it is a folder without checkpoints, or cannot be reached.
     """
-    if not storage.is_remote(str(path)) and not Path(path).expanduser().is_dir():
-        return str(path)
+    if not storage.is_remote(str(path)):
+        local = Path(path).expanduser()
+        if not local.is_dir():
+            return str(path)
+        if (saved := local / "model.safetensors").is_file():
+            return str(saved)  # a folder that save_pretrained wrote
     if found := find_checkpoints(path):
         return str(found[-1])
     if files := _old_checkpoints(path):

@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 
 from rae_xla.errors import UserError
+from rae_xla.interop import fingerprint as prints
+from rae_xla.interop.belonging import manifest_of_state, write_beside
 from rae_xla.interop.checkpoint_tensors import open_weights
 from rae_xla.models.weights import write_torch_file
 
@@ -18,7 +20,7 @@ def export_decoder(checkpoint: str | Path, out: Path, weights: str = "ema") -> i
 
     Args:
         checkpoint: a training checkpoint (see ``open_weights``), or a whole RAE's state dict.
-        out: where the bare state dict goes (torch file).
+        out: where the bare state dict goes (torch file); its manifest goes beside it.
         weights: ``ema`` or ``model``.
 
     Returns:
@@ -40,4 +42,6 @@ def export_decoder(checkpoint: str | Path, out: Path, weights: str = "ema") -> i
     if not state:
         raise UserError(f"{checkpoint} holds no decoder: none of its names starts with {PREFIX!r}")
     write_torch_file(state, out)
+    whole = {name: tensor for name, tensor in content.items() if isinstance(tensor, torch.Tensor)}
+    write_beside(out, manifest_of_state(whole, str(checkpoint)).only(prints.DECODER))
     return sum(tensor.numel() for tensor in state.values())

@@ -8,6 +8,7 @@ resize), and MAE does not sort its tokens to keep them all.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 from huggingface_hub.errors import StrictDataclassError
@@ -34,10 +35,13 @@ class FrozenEncoder(nn.Module):
     Attributes:
         hidden_size: width of a token.
         patch_size: side of a patch in pixels.
+        config: the model's configuration as transformers writes it; with it, and nothing but it,
+            the encoder can be built on the meta device.
     """
 
     def __init__(self, trunk_name: str, trunk: ViTTrunk | SigLIPTrunk, config: Any) -> None:
         super().__init__()
+        self.config: dict[str, Any] = config.to_dict()
         self.hidden_size: int = config.hidden_size
         self.patch_size = square_side(config.patch_size, "patch_size")
         self._trunk_name = trunk_name
@@ -57,7 +61,13 @@ class FrozenEncoder(nn.Module):
     def _trunk(self) -> ViTTrunk | SigLIPTrunk:
         return cast("ViTTrunk | SigLIPTrunk", self.get_submodule(self._trunk_name))
 
-    def _prepare(self, folder: str, input_size: int | None, anchor: str, image_size: Any) -> None:
+    def _prepare(
+        self,
+        folder: str | Mapping[str, Any],
+        input_size: int | None,
+        anchor: str,
+        image_size: Any,
+    ) -> None:
         """Load the weights (none on the meta device) and resample the positions."""
         trunk = self._trunk()
         side = (input_size or square_side(image_size, "image_size")) // self.patch_size
@@ -68,6 +78,11 @@ class FrozenEncoder(nn.Module):
         trunk.embeddings.grid = (side, side)
         if is_meta(self):
             trunk.embeddings.resample((side, side))
+        elif isinstance(folder, Mapping):
+            raise UserError(
+                "an encoder given by its configuration has no weights: give a model folder, or "
+                "build it on the meta device and load them"
+            )
         else:
             load_strict(trunk, _trunk_weights(folder, trunk, anchor), f"the encoder in {folder}")
 
@@ -76,7 +91,7 @@ class DINOv2Encoder(FrozenEncoder):
     """DINOv2 with registers, published as ``Dinov2withNorm`` (Oquab 2023, Darcet 2024).
 
     Args:
-        dinov2_path: local model folder or hub id.
+        dinov2_path: local model folder or hub id; or, on the meta device, the configuration.
         normalize: leave the affine map of the final norm out, as RAE does.
         input_size: side of the images to come, in pixels; positions are made ready for it.
 
@@ -85,7 +100,10 @@ class DINOv2Encoder(FrozenEncoder):
     """
 
     def __init__(
-        self, dinov2_path: str, normalize: bool = True, input_size: int | None = None
+        self,
+        dinov2_path: str | Mapping[str, Any],
+        normalize: bool = True,
+        input_size: int | None = None,
     ) -> None:
         values = _config(dinov2_path, ("dinov2_with_registers",))
         config = _parsed(Dinov2WithRegistersConfig, values, dinov2_path)
@@ -114,7 +132,7 @@ class MAEEncoder(FrozenEncoder):
     """The encoder of ViT-MAE without masking, published as ``MAEwNorm`` (He et al. 2022).
 
     Args:
-        model_name: local model folder or hub id.
+        model_name: local model folder or hub id; or, on the meta device, the configuration.
         input_size: side of the images to come, in pixels; positions are made ready for it.
 
     Raises:
@@ -122,7 +140,9 @@ class MAEEncoder(FrozenEncoder):
     """
 
     def __init__(
-        self, model_name: str = "facebook/vit-mae-base", input_size: int | None = None
+        self,
+        model_name: str | Mapping[str, Any] = "facebook/vit-mae-base",
+        input_size: int | None = None,
     ) -> None:
         config = _parsed(ViTMAEConfig, _config(model_name, ("vit_mae",)), model_name)
         shape = ViTShape(
@@ -146,7 +166,8 @@ class SigLIP2Encoder(FrozenEncoder):
     """SigLIP2's vision tower, published as ``SigLIP2wNorm`` (Tschannen et al. 2025).
 
     Args:
-        model_name: local model folder or hub id of a fixed-resolution SigLIP or SigLIP2 model.
+        model_name: local model folder or hub id of a fixed-resolution SigLIP or SigLIP2 model; or,
+            on the meta device, its configuration.
         num_tokens: accepted because published files give it; the grid decides.
         input_size: side of the images to come, in pixels; positions are made ready for it.
 
@@ -155,7 +176,10 @@ class SigLIP2Encoder(FrozenEncoder):
     """
 
     def __init__(
-        self, model_name: str, num_tokens: int | None = None, input_size: int | None = None
+        self,
+        model_name: str | Mapping[str, Any],
+        num_tokens: int | None = None,
+        input_size: int | None = None,
     ) -> None:
         values = _config(model_name, ("siglip", "siglip_vision_model"))
         config = _parsed(SiglipVisionConfig, values.get("vision_config", values), model_name)
@@ -195,8 +219,8 @@ def image_mean_std(folder: str) -> tuple[list[float], list[float]]:
     return values["image_mean"], values["image_std"]
 
 
-def _config(folder: str, model_types: tuple[str, ...]) -> dict[str, Any]:
-    values = read_json(folder, "config.json")
+def _config(folder: str | Mapping[str, Any], model_types: tuple[str, ...]) -> dict[str, Any]:
+    values = dict(folder) if isinstance(folder, Mapping) else read_json(folder, "config.json")
     if values is None:
         raise UserError(f"the encoder folder {folder} has no config.json")
     if values.get("model_type") not in model_types:
@@ -207,7 +231,7 @@ def _config(folder: str, model_types: tuple[str, ...]) -> dict[str, Any]:
     return values
 
 
-def _parsed(config_class: Any, values: dict[str, Any], folder: str) -> Any:
+def _parsed(config_class: Any, values: dict[str, Any], folder: str | Mapping[str, Any]) -> Any:
     """Let transformers fill in the defaults that a config.json leaves out."""
     try:
         return config_class.from_dict(values)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,17 @@ from rae_xla.errors import UserError
 from rae_xla.models.weights import read_weight_file
 
 # In the order of preference; an index names the files that the weights are split over.
-_WEIGHT_FILES = (
+WEIGHT_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
+)
+DIFFUSERS_WEIGHT_FILES = (
+    "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model.safetensors.index.json",
+    "diffusion_pytorch_model.bin",
+    "diffusion_pytorch_model.bin.index.json",
 )
 
 
@@ -64,13 +71,15 @@ def read_json(folder: str, filename: str) -> dict[str, Any] | None:
     return values
 
 
-def read_weights(folder: str) -> dict[str, Tensor]:
+def read_weights(folder: str, files: Sequence[str] = WEIGHT_FILES) -> dict[str, Tensor]:
     """Read all weights of a model folder or hub repository, by their names in the files.
+
+    ``files`` are the names to look for, the preferred first.
 
     Raises:
         UserError: if there are no weight files, or one of them is missing or cannot be read.
     """
-    for filename in _WEIGHT_FILES:
+    for filename in files:
         path = find_file(folder, filename)
         if path is None:
             continue
@@ -84,7 +93,7 @@ def read_weights(folder: str) -> dict[str, Tensor]:
                 raise UserError(f"{folder}: {filename} names {part}, which is not there")
             weights.update(read_weight_file(part_path, "model weights"))
         return weights
-    raise UserError(f"{folder} holds no weights: expected one of {', '.join(_WEIGHT_FILES)}")
+    raise UserError(f"{folder} holds no weights: expected one of {', '.join(files)}")
 
 
 def _fetched(repository: str, filename: str) -> Path:

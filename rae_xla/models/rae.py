@@ -6,7 +6,7 @@ import difflib
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,10 @@ from rae_xla.models.encoders import (
 )
 from rae_xla.models.resize import resize_bicubic
 from rae_xla.models.vit_decoder import ViTDecoder
-from rae_xla.models.weights import is_meta, load_strict, read_torch_file, read_weight_file
+from rae_xla.models.weights import is_meta, load_strict, read_weight_file
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 # Our names and the published ones.
 ENCODERS: dict[str, type[FrozenEncoder]] = {
@@ -48,7 +51,8 @@ class RAE(nn.Module):
 
     Args:
         encoder_cls: which encoder, by our name or the published one (``ENCODERS``).
-        encoder_config_path: model folder or hub id of the image processor (mean and std).
+        encoder_config_path: model folder or hub id of the image processor (mean and std); or, on
+            the meta device, the encoder's configuration.
         encoder_input_size: side in pixels that images are resized to for the encoder.
         encoder_params: arguments of the encoder; without a path, ``encoder_config_path`` is used.
         decoder_config_path: folder or file of a ``vit_mae`` config.json, or its settings.
@@ -71,7 +75,7 @@ class RAE(nn.Module):
     def __init__(
         self,
         encoder_cls: str = "Dinov2withNorm",
-        encoder_config_path: str = "facebook/dinov2-with-registers-base",
+        encoder_config_path: str | Mapping[str, Any] = "facebook/dinov2-with-registers-base",
         encoder_input_size: int = 224,
         encoder_params: Mapping[str, Any] | None = None,
         decoder_config_path: str | Path | Mapping[str, Any] = "configs/decoder/ViTXL",
@@ -85,11 +89,13 @@ class RAE(nn.Module):
         super().__init__()
         if noise_tau < 0:
             raise UserError(f"noise_tau must not be negative, got {noise_tau}")
+        if not isinstance(encoder_config_path, Mapping):
+            encoder_config_path = str(encoder_config_path)
         self.encoder_input_size = encoder_input_size
         self.noise_tau = noise_tau
         self.reshape_to_2d = reshape_to_2d
         self.encoder = _build_encoder(
-            encoder_cls, str(encoder_config_path), encoder_input_size, dict(encoder_params or {})
+            encoder_cls, encoder_config_path, encoder_input_size, dict(encoder_params or {})
         )
         patch = self.encoder.patch_size
         if encoder_input_size < 1 or encoder_input_size % patch:
@@ -106,8 +112,8 @@ class RAE(nn.Module):
         )
         if pretrained_decoder_path is not None and not is_meta(self):
             _load_decoder(self.decoder, pretrained_decoder_path)
-        self._set_image_statistics(str(encoder_config_path))
-        self._set_latent_statistics(normalization_stat_path, eps)
+        self._read_image_statistics(encoder_config_path)
+        self._read_latent_statistics(normalization_stat_path, eps)
 
     @property
     def num_tokens(self) -> int:
@@ -192,12 +198,57 @@ class RAE(nn.Module):
         """Reconstruct images: ``decode(encode(images, noise))``."""
         return self.decode(self.encode(images, noise))
 
-    def _set_image_statistics(self, folder: str) -> None:
-        mean, std = ([0.0] * 3, [1.0] * 3) if is_meta(self) else image_mean_std(folder)
+    def set_image_statistics(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Replace the mean and standard deviation of the encoder's images, per channel."""
         self.register_buffer("encoder_mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("encoder_std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
 
-    def _set_latent_statistics(self, path: str | None, eps: float) -> None:
+    def set_latent_statistics(self, mean: Tensor | None, std: Tensor | None) -> None:
+        """Replace the mean and standard deviation that latents are normalised with; None: leave it.
+
+        Raises:
+            UserError: if they are of another shape than the latents.
+        """
+        channels, height, width = self.latent_size
+        shape = self.latent_size if self.reshape_to_2d else (height * width, channels)
+        for tensor in (mean, std):
+            if tensor is not None:
+                _check_shape(tensor, shape, "the latents")
+        self.register_buffer("latent_mean", mean, persistent=False)
+        self.register_buffer("latent_std", std, persistent=False)
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, **options: Any) -> RAE:
+        """Load a folder that ``save_pretrained`` or diffusers wrote, or a published autoencoder.
+
+        Args:
+            name: a folder, a hub id, or a published name such as ``rae-dinov2-b-256``.
+            **options: see ``rae_xla.interop.pretrained.load_rae``.
+
+        Raises:
+            UserError: there is nothing of the kind, or it does not fit together.
+        """
+        from rae_xla.interop.pretrained import load_rae
+
+        return load_rae(name, **options)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a folder for ``from_pretrained``: config.json, weights, statistics, manifest.json.
+
+        Raises:
+            UserError: it is there already, or cannot be written.
+        """
+        from rae_xla.interop.pretrained import save_rae
+
+        save_rae(self, folder)
+
+    def _read_image_statistics(self, folder: str | Mapping[str, Any]) -> None:
+        if is_meta(self) or isinstance(folder, Mapping):
+            self.set_image_statistics([0.0] * 3, [1.0] * 3)
+        else:
+            self.set_image_statistics(*image_mean_std(folder))
+
+    def _read_latent_statistics(self, path: str | None, eps: float) -> None:
         mean: Tensor | None = None
         std: Tensor | None = None
         if path is not None and is_meta(self):
@@ -205,24 +256,21 @@ class RAE(nn.Module):
         elif path is not None:
             mean, var = read_latent_statistics(path)
             std = torch.sqrt(var + eps)
-            channels, height, width = self.latent_size
-            shape = self.latent_size if self.reshape_to_2d else (height * width, channels)
-            for tensor in (mean, std):
-                if tensor is not None:
-                    _check_shape(tensor, shape, f"normalization_stat_path {path}: the latents")
             device = self.decoder.decoder_pos_embed.device
             mean, std = mean if mean is None else mean.to(device), std.to(device)
-        self.register_buffer("latent_mean", mean, persistent=False)
-        self.register_buffer("latent_std", std, persistent=False)
+        try:
+            self.set_latent_statistics(mean, std)
+        except UserError as error:
+            raise UserError(f"normalization_stat_path {path}: {error}") from None
 
 
 def read_latent_statistics(path: str | Path) -> tuple[Tensor | None, Tensor]:
-    """Read a published statistics file: ``mean`` (None if it has none) and ``var``, per element.
+    """Read a statistics file (.pt, .safetensors): ``mean`` (None if it has none) and ``var``.
 
     Raises:
         UserError: if the file is missing, cannot be read, or has no usable ``var``.
     """
-    values = read_torch_file(path, "normalization_stat_path")
+    values = read_weight_file(path, "normalization_stat_path")
     if not isinstance(values, Mapping) or not isinstance(values.get("var"), Tensor):
         raise UserError(
             f"normalization_stat_path: {path} has no `var` (a tensor with the variance of each "
@@ -237,7 +285,7 @@ def read_latent_statistics(path: str | Path) -> tuple[Tensor | None, Tensor]:
 
 
 def _build_encoder(
-    name: str, folder: str, input_size: int, params: dict[str, Any]
+    name: str, folder: str | Mapping[str, Any], input_size: int, params: dict[str, Any]
 ) -> FrozenEncoder:
     if name not in ENCODERS:
         raise UserError(

@@ -174,7 +174,9 @@ def trace_step(job: TraceJob) -> Traced:
     from rae_xla.runtime import start as start_runtime
     from rae_xla.train.state import make_state
 
-    runtime: Any = start_runtime(config.runtime, config.mesh, seed=config.training.global_seed)
+    here = replace(config.runtime, attention="plain")
+    runtime: Any = start_runtime(here, config.mesh, seed=config.training.global_seed)
+    runtime.choose_attention(config.runtime.attention, tpu=True)
     placed = _Placeholders(runtime)
     runtime._send = placed.send
 
@@ -207,7 +209,7 @@ def trace_step(job: TraceJob) -> Traced:
     return Traced(
         arguments=arguments,
         held=sum(a.num_bytes for a in placed.by_handle.values() if id(a) not in used),
-        flops=count_flops(parse_module(backend._get_xla_tensors_hlo(outputs))),
+        flops=count_flops(parse_module(backend._get_xla_tensors_hlo(outputs)), job.chips),
         phase=str(phase),
         mesh=str(runtime.mesh),
         seconds=time.perf_counter() - start,

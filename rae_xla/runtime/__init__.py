@@ -30,6 +30,8 @@ class _RuntimeSettings(Protocol):
     @property
     def scan(self) -> bool: ...
     @property
+    def attention(self) -> str: ...
+    @property
     def compile(self) -> bool: ...
     @property
     def compile_cache(self) -> str | None: ...
@@ -60,10 +62,16 @@ def start(settings: _RuntimeSettings, mesh: MeshConfig, *, seed: int = 0) -> Run
                 precision=settings.precision,
                 remat=settings.remat,
                 scan=settings.scan,
+                attention=settings.attention,
                 seed=seed,
                 devices=settings.devices,
                 compile_cache=settings.compile_cache,
             ),
+        )
+    if settings.attention == "flash":
+        raise UserError(
+            "runtime.attention is flash, but its kernels run on TPUs alone, and this run's backend "
+            "is torch, whose own attention is fused: set runtime.attention=auto"
         )
     launch = read_launch()
     if launch.count == 1:

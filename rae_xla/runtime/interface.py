@@ -31,6 +31,11 @@ class Runtime(Protocol):
     process_index: int
     process_count: int
 
+    @property
+    def on_cpu(self) -> bool:
+        """Whether its devices are this machine's processor, plain or as XLA's virtual devices."""
+        ...
+
     def place(self, module: nn.Module) -> nn.Module:
         """Move a module to the devices, its parameters split by the sharding rules.
 
@@ -88,6 +93,19 @@ class Runtime(Protocol):
     def fetch_later(self, result: Tensor) -> Callable[[], Tensor]:
         """Begin to copy a small unsplit result of a compiled function to the CPU. What is returned
         gives the copy; it waits for that result, not for what was asked for since.
+        """
+        ...
+
+    def own_rows(self, tensors: Mapping[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
+        """Begin to copy to the CPU what this process's devices hold of rows that were ``put`` or
+        computed from such; nothing goes from process to process. What is returned gives the copies:
+        equally many rows of each, in one order.
+        """
+        ...
+
+    def beside(self, inputs: Sequence[Tensor]) -> AbstractContextManager[Any]:
+        """What is asked for inside need not be done before what is asked for afterwards. It may use
+        ``inputs``, which are there already, and models.
         """
         ...
 

@@ -71,6 +71,12 @@ def _unit(bits: Tensor) -> Tensor:
     return _shift_right(bits, 8).to(torch.float32) * 2.0**-24
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
+def _number_of(purpose: str) -> int:
+    """A 32-bit number for a word; torch.compile cannot look into zlib, and would cut the graph."""
+    return zlib.crc32(purpose.encode())
+
+
 @dataclass(frozen=True)
 class Draws:
     """The random numbers of one step, row by row.
@@ -89,7 +95,7 @@ class Draws:
 
     def _bits(self, purpose: str, count: int) -> tuple[Tensor, Tensor]:
         """Two int32 tensors (B, count): the key is (seed, purpose, step), the counter the place."""
-        key = _int32(self.seed ^ zlib.crc32(purpose.encode())), self.step ^ _int32(self.seed >> 32)
+        key = _int32(self.seed ^ _number_of(purpose)), self.step ^ _int32(self.seed >> 32)
         elements = torch.arange(count, dtype=torch.int32, device=self.rows.device)
         rows, elements = torch.broadcast_tensors(self.rows[:, None], elements[None])
         return threefry(key, (rows, elements))

@@ -52,7 +52,13 @@ class TorchRuntime(WholeBatch):
         self.description = self._describe(
             torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU"
         )
+        self._second_stream: torch.cuda.Stream | None = None
         torch.manual_seed(seed)
+
+    @property
+    def on_cpu(self) -> bool:
+        """Without CUDA."""
+        return self.device.type == "cpu"
 
     def _resolve(self, mesh: MeshConfig) -> MeshShape:
         try:
@@ -124,6 +130,25 @@ class TorchRuntime(WholeBatch):
             return copy
 
         return wait
+
+    def own_rows(self, tensors: Mapping[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
+        """All there are here."""
+        copies = {name: self.fetch_later(tensor) for name, tensor in tensors.items()}
+        return lambda: {name: copy() for name, copy in copies.items()}
+
+    @contextmanager
+    def beside(self, inputs: Sequence[Tensor]) -> Iterator[None]:
+        """In a CUDA stream of its own."""
+        if self.device.type != "cuda":
+            yield
+            return
+        if self._second_stream is None:
+            self._second_stream = torch.cuda.Stream()
+        self._second_stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._second_stream):
+            for tensor in inputs:  # their memory is not for others before this stream is done
+                tensor.record_stream(self._second_stream)
+            yield
 
     def to_host(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Copies on the CPU."""

@@ -39,6 +39,7 @@ from rae_xla.runtime.sharding import (
 )
 from rae_xla.runtime.snapshot import HostShard, HostTensor
 from rae_xla.runtime.whole import WholeBatch
+from rae_xla.runtime.xla_flash import FlashAttention, tokens_from, use_flash
 from rae_xla.runtime.xla_gathering import Gathering
 from rae_xla.runtime.xla_recompute import recompute
 from rae_xla.runtime.xla_scan import scan_alike
@@ -64,6 +65,7 @@ class XLARuntime(WholeBatch):
         precision: str,
         remat: float,
         scan: bool,
+        attention: str,
         seed: int,
         devices: int | None,
         compile_cache: str | None,
@@ -90,12 +92,23 @@ class XLARuntime(WholeBatch):
         self._gathering = Gathering(self._mesh)
         self._remat, self._scan = remat, scan
         self._precision = precision
+        self.choose_attention(attention, tpu=on_tpu())
         if precision == "fp32":  # a TPU's default is one bf16 pass
             torch_xla.backends.set_mat_mul_precision("highest")
         self.description = (
             f"{count} XLA devices ({xr.device_type()}), mesh {self.mesh}, {precision}"
         )
         torch.manual_seed(seed)
+
+    def choose_attention(self, setting: str, *, tpu: bool) -> None:
+        """From now on attention is what ``runtime.attention`` says, where the run is on TPUs."""
+        least = tokens_from(setting, self._precision, tpu=tpu)
+        use_flash(None if least is None else FlashAttention(self._mesh, self.mesh, least))
+
+    @property
+    def on_cpu(self) -> bool:
+        """Without TPUs."""
+        return not on_tpu()
 
     def _send(self, host: Tensor, spec: PartitionSpec, *, rows: bool = False) -> Tensor:
         """One transfer straight to the shards: no device ever holds the whole tensor."""
@@ -179,6 +192,10 @@ class XLARuntime(WholeBatch):
             return torch.autocast("xla", dtype=torch.bfloat16)
         return nullcontext()
 
+    def norm(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The L2 norm of all elements, without one for each tensor: half the operations."""
+        return torch.stack([(tensor * tensor).sum() for tensor in tensors]).sum().sqrt()
+
     def fetch(self, results: Sequence[Tensor]) -> list[Tensor]:
         """Copies on the CPU."""
         return [result.cpu() for result in results]
@@ -186,6 +203,29 @@ class XLARuntime(WholeBatch):
     def fetch_later(self, result: Tensor) -> Callable[[], Tensor]:
         """Copied when it is asked for, which waits for nothing else."""
         return result.cpu
+
+    def own_rows(self, tensors: Mapping[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
+        """The rows of all results that lie on this process's devices. Waits for the devices: shards
+        cannot be had while anything is in flight.
+        """
+        detached = [tensor.detach() for tensor in tensors.values()]
+
+        def wait() -> dict[str, Tensor]:
+            xm.wait_device_ops()
+            shards = torch_xla._XLAC._get_local_shards(detached)
+            places = torch_xla._XLAC._get_local_shard_replica_and_indices(detached)
+            rows = [_rows_by_place(*both) for both in zip(shards, places, strict=True)]
+            common = sorted(set.intersection(*map(set, rows)))
+            return {
+                name: torch.stack([found[place] for place in common])
+                for name, found in zip(tensors, rows, strict=True)
+            }
+
+        return wait
+
+    def beside(self, inputs: Sequence[Tensor]) -> AbstractContextManager[Any]:
+        """The devices do one thing after the other; the host is ahead of them anyway."""
+        return nullcontext()
 
     def to_host(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Put the shards of every tensor together on the host.
@@ -293,6 +333,17 @@ def _device_mesh(shape: MeshShape) -> xs.Mesh:
         return xs.HybridMesh(ici_mesh_shape=within, dcn_mesh_shape=across, axis_names=tuple(axes))
     sizes = tuple(shape.axis_sizes[axis] for axis in axes)
     return xs.Mesh(np.arange(shape.size), sizes, tuple(axes))
+
+
+def _rows_by_place(
+    parts: list[tuple[Tensor, str]], places: list[tuple[int, Any]]
+) -> dict[int, Tensor]:
+    """The rows that lie here, by their places in the whole tensor."""
+    rows: dict[int, Tensor] = {}
+    for (part, _), (_, place) in zip(parts, places, strict=True):
+        start = 0 if place is Ellipsis else place[0].start
+        rows.update(enumerate(part.unbind(), start))
+    return rows
 
 
 def _first_replicas(

@@ -10,7 +10,7 @@ devices at every layer.
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakSet
@@ -23,8 +23,7 @@ from torch.nn import functional as F
 
 from rae_xla.models.layers import FusedLinear
 from rae_xla.runtime.sharding import PartitionSpec, Placement, Shardings
-
-Annotate = Callable[[Tensor], Tensor]
+from rae_xla.runtime.xla_linear import Annotate, LinearUse, Partition, annotated
 
 
 class Gathering:
@@ -33,6 +32,7 @@ class Gathering:
     def __init__(self, mesh: xs.Mesh) -> None:
         self._mesh = mesh
         self._tracing = False
+        self._partition = Partition(mesh, self._annotation, lambda: self._tracing)
         self._done: WeakSet[nn.Module] = WeakSet()
 
     def apply(self, module: nn.Module, shardings: Shardings) -> None:
@@ -49,27 +49,21 @@ class Gathering:
         placement = shardings.parameters.get(f"{name}.weight" if name else "weight")
         if placement is None or not any(placement.stored) or type(layer) not in _GATHERED:
             return
+        if isinstance(layer, nn.Linear):
+            parts = layer.parts if isinstance(layer, FusedLinear) else 1
+            layer.products = LinearUse(self._partition, placement, parts)  # type: ignore[assignment]
+        else:
+            layer.use_weight = self._make_use(placement)  # type: ignore[assignment]
         layer.__class__ = _GATHERED[type(layer)]
-        parts = layer.parts if isinstance(layer, FusedLinear) else 0
-        layer.use_weight = self._make_use(placement, parts)  # type: ignore[assignment]
 
-    def _make_use(self, placement: Placement, parts: int) -> Annotate:
-        """From the stored weight (out, in) to the used one; (parts, out / parts, in) of parts."""
-        stored, used = placement.stored, placement.used
-        there, back = self._annotation(() if parts else used), self._annotation(stored)
-        # Each part's gradient goes to where its share of the whole is stored.
-        of_parts = self._annotation((None, *used))
-        from_parts = self._annotation((None, None, *stored[1:]))
+    def _make_use(self, placement: Placement) -> Annotate:
+        """From the stored weight to the used one."""
+        there, back = self._annotation(placement.used), self._annotation(placement.stored)
 
         def use(weight: Tensor) -> Tensor:
             if torch.is_autocast_enabled(weight.device.type):
                 weight = back(weight.to(torch.get_autocast_dtype(weight.device.type)))
-            gathered: Tensor = _Annotated.apply(weight, there, back)
-            if parts:
-                gathered = gathered.view(parts, -1, *weight.shape[1:])
-            if parts and any(used):
-                gathered = _Annotated.apply(gathered, of_parts, from_parts)
-            return gathered
+            return annotated(weight, there, back)
 
         return use
 
@@ -78,8 +72,8 @@ class Gathering:
 
         def hook(_: nn.Module, __: Any, output: Any) -> Any:
             if isinstance(output, tuple):
-                return tuple(_Annotated.apply(part, annotate, annotate) for part in output)
-            return _Annotated.apply(output, annotate, annotate)
+                return tuple(annotated(part, annotate, annotate) for part in output)
+            return annotated(output, annotate, annotate)
 
         module.register_forward_hook(hook)
 
@@ -133,24 +127,12 @@ def _(tensor: Tensor, spec: str) -> Tensor:
 _annotate_later.register_autograd(lambda _, gradient: (gradient, None))
 
 
-class _Annotated(torch.autograd.Function):
-    """One annotation for a tensor, and one for its gradient on the way back."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, there: Annotate, back: Annotate) -> Tensor:
-        ctx.back = back
-        return there(tensor)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.back(gradient), None, None
-
-
 class _GatheredLinear(nn.Linear):
-    use_weight: Annotate
+    products: LinearUse
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.linear(input, self.use_weight(self.weight), self.bias)
+        [result] = self.products(input, self.weight, self.bias)
+        return result
 
 
 class _GatheredFusedLinear(FusedLinear):
@@ -159,12 +141,12 @@ class _GatheredFusedLinear(FusedLinear):
     memory traffic).
     """
 
-    use_weight: Annotate
+    products: LinearUse
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
-        weights = self.use_weight(self.weight).unbind(0)
-        biases = self.bias.view(self.parts, -1).unbind(0)
-        return tuple(F.linear(x, w, b) for w, b in zip(weights, biases, strict=True))
+    def forward(  # type: ignore[override]
+        self, x: Tensor, heads: int | None = None
+    ) -> tuple[Tensor, ...]:
+        return self.products(x, self.weight, self.bias, heads)
 
 
 class _GatheredEmbedding(nn.Embedding):

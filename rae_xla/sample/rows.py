@@ -11,6 +11,26 @@ from rae_xla.runtime import Batch, Runtime
 from rae_xla.sample.pictures import pad_rows
 
 _PLACE = "place"
+_CPU_TOKENS = 512
+_TALL = 256  # tokens of a picture whose matrices are tall enough alone
+
+
+def rows_per_device(runtime: Runtime, batch: int, *, tokens: int) -> int:
+    """How many pictures each device works on together.
+
+    A matrix product of one row is not, to the bit, that row of the product of eight: libraries
+    choose their kernels by the shape. So on a CPU the shape is always the same, whatever the batch:
+    small pictures as many as make 512 tokens, 32 of 4x4, and from 16x16 on one. For a tiny model
+    fewer are slower (by a quarter with 16 of 4x4, sixfold one by one) and more are no faster.
+
+    Args:
+        runtime: where.
+        batch: pictures asked for at a time, over all devices; what counts on other devices.
+        tokens: of one picture's latents.
+    """
+    if runtime.on_cpu:
+        return 1 if tokens >= _TALL else _CPU_TOKENS // tokens
+    return -(-batch // runtime.mesh.batch_parts)
 
 
 def share_rows(runtime: Runtime, rows: Mapping[str, Tensor]) -> Batch:

@@ -1,5 +1,5 @@
-"""A results folder: `config.yaml`, `data.txt`, `metrics.jsonl`, `bad_samples.jsonl`,
-`samples/`, and `checkpoints/` unless `checkpoint.dir` is elsewhere.
+"""A results folder: `config.yaml`, `data.txt`, `metrics.jsonl`, `environment.jsonl`,
+`bad_samples.jsonl`, `samples/`, and `checkpoints/` unless `checkpoint.dir` is elsewhere.
 """
 
 from __future__ import annotations

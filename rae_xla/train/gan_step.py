@@ -253,10 +253,10 @@ class _DiscriminatorUpdate:
         clear_gradients(trained)
         shares = [self._backward(part, number, 1 / len(parts)) for part in parts]
         figures = _averaged(shares, self.runtime)
-        figures["disc/grad_norm"], figures["disc/skipped"] = apply_gradients(
+        figures["train/disc/grad_norm"], figures["train/disc/skipped"] = apply_gradients(
             trained,
             AdamW.of(self.gan.disc.optimizer),
-            figures["disc/loss"],
+            figures["train/disc/loss"],
             batch[disc_rate(number)],
             batch["disc_count"] + number,
             self.runtime,
@@ -270,10 +270,10 @@ class _DiscriminatorUpdate:
         loss = DISCRIMINATOR_LOSSES[self.gan.loss.disc_loss](real, fake)
         (loss * share).backward()
         return {
-            "disc/loss": loss.detach(),
-            "disc/accuracy": (real > fake).float().mean(),
-            "disc/logits_real": real.detach().mean(),
-            "disc/logits_fake": fake.detach().mean(),
+            "train/disc/loss": loss.detach(),
+            "train/disc/accuracy": (real > fake).float().mean(),
+            "train/disc/logits_real": real.detach().mean(),
+            "train/disc/logits_fake": fake.detach().mean(),
         }
 
     @torch.no_grad()

@@ -25,6 +25,7 @@ from rae_xla.train.checkpoint import (
     run_facts,
     state_tensors,
 )
+from rae_xla.train.environment import describe_start, note_start
 from rae_xla.train.flops import phase_flops
 from rae_xla.train.folder import bad_samples_file
 from rae_xla.train.plan import make_plan
@@ -159,8 +160,14 @@ def _train_from(
     host_batches = windows.waiting(step_batches(stream, stage.inputs, state.step, plan.total))
     feed = checked_rows(runtime, map(runtime.put, host_batches), batch)
     speaks = runtime.process_index == 0
+    about = None
+    if speaks:
+        about = describe_start(stage_name, stage, state, plan, runtime, flops)
+        note_start(folder, about)
     with (
-        Tracker(folder, config, start=state.step, total=plan.total, speaks=speaks) as tracker,
+        Tracker(
+            folder, config, start=state.step, total=plan.total, speaks=speaks, facts=about
+        ) as tracker,
         Saver(place, runtime, config.checkpoint, tracker.say, gather) as saver,
         Profiler(
             runtime, folder, config.training.profile_steps, windows.pause, tracker.say
@@ -168,6 +175,7 @@ def _train_from(
     ):
         if speaks:
             bad.say = tracker.say
+        watchdog.tell = tracker.stalled
         tracker.say(
             f"{stage_name} on {runtime.description}: {plan.total} steps of {batch} images, "
             f"{plan.per_epoch} to an epoch, from step {state.step}"
@@ -177,13 +185,16 @@ def _train_from(
         if runtime.chip() is not None and not flops:
             tracker.say("perf/mfu is left out: the FLOPs of a step could not be counted")
         if state.step == 0 and plan.sample_every > 0:
-            tracker.images(0, stage_name, stage.preview(state))
+            tracker.images(0, stage_name, stage.preview(state), stage.caption)
         if beginning.rollbacks:
             tracker.say(
                 f"step {state.step}: going on with the state of {beginning.checkpoint}; the steps "
                 "since then count as skipped"
             )
             tracker.log(state.step, {"train/rollbacks": beginning.rollbacks})
+            tracker.alert(
+                "Went back to a checkpoint", f"{beginning.checkpoint}, from step {state.step}"
+            )
         stop_if = partial(_stop_if, config.training.max_skipped, beginning, saver)
         while state.step < plan.total:
             watchdog.begin(HOSTS, state.step)
@@ -191,6 +202,7 @@ def _train_from(
             words = agreed(runtime, state.step, asked | ({"save"} if saver.retry_due else set()))
             if "stop" in words:
                 watchdog.begin(SAVING, state.step)
+                tracker.stopping(state.step, stop.reason or "as another process")
                 with windows.pause():
                     if (window := windows.take()) is not None:
                         tracker.log(window.step, window.figures)
@@ -220,7 +232,7 @@ def _train_from(
             if plan.due(plan.sample_every, state.step) and plan.sample_every > 0:
                 watchdog.begin(PICTURES, state.step)
                 with windows.pause():
-                    tracker.images(state.step, stage_name, stage.preview(state))
+                    tracker.images(state.step, stage_name, stage.preview(state), stage.caption)
             if "save" in words or plan.due(plan.checkpoint_every, state.step):
                 watchdog.begin(SAVING, state.step)
                 with windows.pause():
@@ -235,11 +247,11 @@ def _train_from(
                         tracker.say(f"step {state.step}: no checkpoint, {skipped} steps skipped")
                     else:
                         saver.start(state.step)
-            if plan.eval_every and plan.due(plan.eval_every, state.step):
+            if kind := plan.evaluation(state.step):
                 evaluating = partial(watchdog.begin, EVALUATING, state.step)
                 evaluating()
                 with windows.pause():
-                    if figures := stage.evaluate(state, evaluating):
+                    if figures := stage.evaluate(state, evaluating, lite=kind == "lite"):
                         tracker.log(state.step, figures)
         watchdog.begin(SAVING, state.step, config.checkpoint.retry_seconds)
         saved = saver.finish(state.step, config.checkpoint.retry_seconds)

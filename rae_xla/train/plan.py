@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from rae_xla.config import RunConfig
@@ -20,10 +20,18 @@ class Plan:
     sample_every: int
     checkpoint_every: int
     eval_every: int
+    eval_lite_every: int = 0
 
     def due(self, every: int, step: int) -> bool:
         """Whether something done every so many steps, and at the end, is due after ``step``."""
         return step == self.total or (every > 0 and step % every == 0)
+
+    def evaluation(self, step: int) -> Literal["whole", "lite"] | None:
+        """Which evaluation is due after ``step``, if any: small ones until the first whole one."""
+        if self.eval_every and self.due(self.eval_every, step):
+            return "whole"
+        lite = self.eval_lite_every
+        return "lite" if lite and step < self.eval_every and step % lite == 0 else None
 
 
 def make_plan(config: RunConfig, per_epoch: int, global_batch: int) -> Plan:
@@ -38,4 +46,6 @@ def make_plan(config: RunConfig, per_epoch: int, global_batch: int) -> Plan:
         sample_every=training.sample_every,
         checkpoint_every=every if every else training.checkpoint_interval * per_epoch,
         eval_every=config.eval.eval_interval if config.eval is not None else 0,
+        # of stage 2 alone
+        eval_lite_every=config.eval.lite_interval if config.eval and config.stage_2 else 0,
     )

@@ -44,7 +44,7 @@ Gathered = tuple[Mapping[str, Tensor], Mapping[str, Any]]
 PATIENCE = 5.0
 """Seconds that a save which is due waits for the one before it; then it is left out."""
 
-FAILED = "checkpoint/failed"
+FAILED = "ckpt/failed"
 
 FIRST_RETRY, LAST_RETRY = 30.0, 600.0
 """Seconds after a failed save until the next one is tried; doubled from failure to failure."""
@@ -133,7 +133,7 @@ class Saver:
     def _snapshot(self, began: float) -> tuple[Snapshot, Mapping[str, Any]]:
         tensors, facts = self._gather()
         snapshot = self._runtime.snapshot(tensors)
-        self._measured.append(("checkpoint/blocked_seconds", time.perf_counter() - began))
+        self._measured.append(("ckpt/blocked_seconds", time.perf_counter() - began))
         return snapshot, facts
 
     def wait(self) -> None:
@@ -172,7 +172,7 @@ class Saver:
             return
         self.failure, self._failures = None, 0
         self.last = Checkpoint(path)
-        self._measured.append(("checkpoint/seconds", time.perf_counter() - began))
+        self._measured.append(("ckpt/seconds", time.perf_counter() - began))
         if self._runtime.process_index == 0:
             self._prune(step)
 

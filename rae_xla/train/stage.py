@@ -59,12 +59,19 @@ class Stage(Protocol):
         """The way back."""
         ...
 
+    @property
+    def caption(self) -> str:
+        """What ``preview`` shows."""
+        ...
+
     def preview(self, state: TrainState) -> Pixels:
         """A picture, (H, W, 3) uint8, of what the model can do by now."""
         ...
 
-    def evaluate(self, state: TrainState, moved: Callable[[], None]) -> dict[str, float]:
+    def evaluate(
+        self, state: TrainState, moved: Callable[[], None], *, lite: bool = False
+    ) -> dict[str, float]:
         """Figures of quality, by name (``eval/psnr``). ``moved`` is called now and then, for a
-        watchdog to see that it goes on.
+        watchdog to see that it goes on; ``lite`` asks for what little shows that all is well.
         """
         ...

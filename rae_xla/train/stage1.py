@@ -32,6 +32,10 @@ if TYPE_CHECKING:
     from rae_xla.config import RunConfig
 
 
+ROWS = ("input", "decoder", "average", "error x 4")
+"""Of a preview."""
+
+
 class Stage1:
     """L1, LPIPS and a GAN between an image and its reconstruction from noised latents.
 
@@ -77,6 +81,11 @@ class Stage1:
             self._evaluate = ReconstructionEvaluator(
                 config, runtime, self._rae.image_size, self._lpips
             )
+
+    @property
+    def caption(self) -> str:
+        """What a preview's rows are."""
+        return f"rows: {', '.join(ROWS)}"
 
     def _set_schedules(self, steps_per_epoch: int) -> None:
         training, disc = self._config.training, self._gan.disc
@@ -132,16 +141,19 @@ class Stage1:
         )
         difference = 4 * np.abs(real.astype(np.int32) - averaged.astype(np.int32))
         rows = [real, made, averaged, difference.clip(max=255).astype(np.uint8)]
-        captions = ("input", "decoder", "average", "error x 4")
-        return to_grid(np.concatenate(rows), columns=len(real), captions=captions)
+        return to_grid(np.concatenate(rows), columns=len(real), captions=ROWS)
 
-    def evaluate(self, state: TrainState, moved: Callable[[], None]) -> dict[str, float]:
-        """Quality of the averaged decoder's reconstructions, and of the decoder's if asked for."""
-        if self._evaluate is None:
+    def evaluate(
+        self, state: TrainState, moved: Callable[[], None], *, lite: bool = False
+    ) -> dict[str, float]:
+        """Quality of the averaged decoder's reconstructions, and of the decoder's if asked for.
+        There is no small evaluation: reconstructions are good from the first images on.
+        """
+        if self._evaluate is None or lite:
             return {}
         decoders = {"eval": state.ema}
         if self._config.eval is not None and self._config.eval.eval_model:
-            decoders["eval_model"] = state.model.module
+            decoders["eval/model"] = state.model.module
         return {
             f"{prefix}/{name}": value
             for prefix, decoder in decoders.items()

@@ -7,10 +7,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rae_xla.data.mixture import Mixture
 from rae_xla.errors import UserError
+from rae_xla.interop.belonging import check_dit_file
 from rae_xla.models.rae import RAE
 from rae_xla.registry import instantiate
 from rae_xla.runtime import Batch, Runtime
@@ -18,6 +19,7 @@ from rae_xla.runtime.random import Draws
 from rae_xla.sample.generate import ImageSampler, make_transport
 from rae_xla.sample.pictures import Pixels, to_grid, to_unit
 from rae_xla.train.adamw import AdamW
+from rae_xla.train.evaluation import GenerationEvaluator
 from rae_xla.train.schedule import make_schedule
 from rae_xla.train.stage import StateDict
 from rae_xla.train.state import TrainState
@@ -50,7 +52,12 @@ class Stage2:
         self._label_dropout = float(config.stage_2.params.get("class_dropout_prob", 0.1))
         self.frozen = cast("RAE", instantiate(config.stage_1)).eval().requires_grad_(False)
         self.model = instantiate(config.stage_2).train()
+        check_dit_file(config.stage_2.ckpt, self.frozen)
         self.disc = None
+        self._samplers: dict[nn.Module, ImageSampler] = {}
+        self._evaluate = None
+        if config.eval is not None:
+            self._evaluate = GenerationEvaluator(config, runtime, self.frozen.image_size)
 
     def phase(self, step: int) -> Hashable:
         """Every step is of one kind."""
@@ -94,16 +101,41 @@ class Stage2:
         """As it is."""
         return dict(state)
 
+    @property
+    def caption(self) -> str:
+        """What a preview shows."""
+        shown, classes = self._config.training.num_samples, self._config.misc.num_classes
+        return f"averaged weights, no guidance, classes 0 to {min(shown, classes) - 1} in turn"
+
     def preview(self, state: TrainState) -> Pixels:
         """Samples of the averaged model, without guidance: what the model itself has learned."""
         config = self._config
-        plain = replace(config, guidance=replace(config.guidance, scale=1.0))
         count = config.training.num_samples
         labels = torch.arange(count) % config.misc.num_classes
         rows = torch.arange(count, dtype=torch.int32)
-        sampler = ImageSampler(plain, self._runtime, self.frozen, state.ema)
+        sampler = self._sampler(state.ema)
         return to_grid(sampler(config.training.global_seed, rows, labels), columns=count)
 
-    def evaluate(self, state: TrainState, moved: Callable[[], None]) -> dict[str, float]:
-        """None yet: generated images are judged by ``rae-xla sample`` and tools of the field."""
-        return {}
+    def evaluate(
+        self, state: TrainState, moved: Callable[[], None], *, lite: bool = False
+    ) -> dict[str, float]:
+        """Quality of the averaged model's samples, and of the model's own if asked for."""
+        if self._evaluate is None:
+            return {}
+        models = {"eval": state.ema}
+        if self._config.eval is not None and self._config.eval.eval_model:
+            models["eval/model"] = state.model.module
+        figures: dict[str, float] = {}
+        for prefix, model in models.items():
+            training = model.training
+            found = self._evaluate(self._sampler(model), moved, lite=lite)
+            model.train(training)  # the sampler draws in eval mode
+            figures |= {f"{prefix}/{name}": value for name, value in found.items()}
+        return figures
+
+    def _sampler(self, model: nn.Module) -> ImageSampler:
+        """Without guidance; made once for a model, as it keeps what it has compiled."""
+        if model not in self._samplers:
+            plain = replace(self._config, guidance=replace(self._config.guidance, scale=1.0))
+            self._samplers[model] = ImageSampler(plain, self._runtime, self.frozen, model)
+        return self._samplers[model]

@@ -5,24 +5,43 @@ from __future__ import annotations
 import json
 import os
 import sys
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from rae_xla.sample.pictures import Pixels, save_png
+from rae_xla.train.figures import SKIPPED
+from rae_xla.train.rollback import SkippedStepsError
+from rae_xla.train.wandb_sink import WandbSink
 
 if TYPE_CHECKING:
     from rae_xla.config import RunConfig
 
 
 class Tracker:
-    """Writes figures and pictures of one run. Of several processes, one speaks."""
+    """Writes figures and pictures of one run. Of several processes, one speaks.
+
+    Args:
+        folder: the results folder.
+        config: of the run.
+        start: steps taken before.
+        total: steps of the whole run.
+        speaks: whether this process does.
+        facts: what else wandb is to show of the run, by name (``run_facts.describe_start``).
+    """
 
     def __init__(
-        self, folder: Path, config: RunConfig, *, start: int, total: int, speaks: bool = True
+        self,
+        folder: Path,
+        config: RunConfig,
+        *,
+        start: int,
+        total: int,
+        speaks: bool = True,
+        facts: Mapping[str, Any] | None = None,
     ) -> None:
         """Open the run's files; on a resume, drop the lines of steps that will run again."""
         self._folder, self._speaks = folder, speaks
@@ -34,8 +53,13 @@ class Tracker:
         self._bar = tqdm(
             total=total, initial=start, unit="step", dynamic_ncols=True, disable=hidden
         )
-        wanted = speaks and config.tracking.wandb
-        self._wandb = _start_wandb(folder, config) if wanted else None
+        self._wandb: WandbSink | None = None
+        if speaks and config.tracking.wandb:
+            shown = {**config.to_dict(), **(facts or {})}
+            try:
+                self._wandb = WandbSink(folder, config.tracking, shown, self._print)
+            except OSError as error:
+                self._print(f"wandb: {error}; going on without it (metrics.jsonl has everything)")
 
     def advance(self) -> None:
         """One step more on the progress bar."""
@@ -43,18 +67,27 @@ class Tracker:
 
     def say(self, line: str) -> None:
         """Print a line without breaking the progress bar."""
+        self._print(line)
+        if self._wandb is not None:
+            self._wandb.put("say", line=line)
+
+    def _print(self, line: str) -> None:
         if self._speaks:
             tqdm.write(line, file=sys.stderr)
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
-        """Record figures under their names (``train/loss``, ``perf/step_time`` ...)."""
+        """Record figures under their names (``figures.FIGURES``)."""
         line = {"step": step, **figures}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
         self.say(_console_line(step, figures))
-        self._to_wandb(dict(figures), step)
+        if self._wandb is not None:
+            self._wandb.put("log", step=step, figures=dict(figures))
+        if skipped := sum(v for name, v in figures.items() if name.endswith(SKIPPED)):
+            text = f"step {step}: {skipped:g} since the line before had no finite loss or gradient"
+            self.alert("Steps are skipped", text)
 
-    def images(self, step: int, name: str, grid: Pixels) -> None:
+    def images(self, step: int, name: str, grid: Pixels, caption: str = "") -> None:
         """Save an (H, W, 3) uint8 picture as ``samples/<name>-<step>.png``."""
         if not self._speaks:
             return
@@ -66,35 +99,64 @@ class Tracker:
             self.say(f"step {step}: {path} could not be written: {error}")
             return
         if self._wandb is not None:
-            import wandb
+            caption = f"step {step}: {caption}" if caption else f"step {step}"
+            place = str(path.resolve())
+            self._wandb.put("image", step=step, name=f"samples/{name}", path=place, caption=caption)
 
-            self._to_wandb({f"samples/{name}": wandb.Image(str(path))}, step)
+    def alert(self, title: str, text: str, level: str = "WARN") -> None:
+        """Have wandb write to those who follow the run, of one title once an hour at most.
+
+        Args:
+            title: what happened.
+            text: the same in full.
+            level: ``INFO``, ``WARN`` or ``ERROR``.
+        """
+        if self._wandb is not None:
+            self._wandb.put("alert", title=title, text=text, level=level, pause=ALERT_PAUSE)
+
+    def stopping(self, step: int, reason: str) -> None:
+        """The run was told to stop, and is about to."""
+        if self._wandb is not None:
+            self.alert("Told to stop", f"step {step}: {reason}; it can be started again")
+            self._wandb.put("preempting")
+
+    def stalled(self, text: str) -> None:
+        """The process is about to be ended because nothing moves; called by the watchdog."""
+        if self._wandb is not None:
+            self.alert("Nothing moves", text, "ERROR")
+            self._wandb.flush(HANDING_OVER)
 
     def __enter__(self) -> Tracker:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if isinstance(error, SkippedStepsError):
+            text = f"{error}: the run goes back to its newest good checkpoint, if it has one"
+            self.alert("Steps keep being skipped", text, "ERROR")
+        elif isinstance(error, Exception):
+            self.alert("Training failed", str(error) or type(error).__name__, "ERROR")
+        self.close(failed=error is not None)
 
-    def close(self) -> None:
+    def close(self, *, failed: bool = False) -> None:
         """Flush and close everything."""
         self._bar.close()
         self._file.close()
         if self._wandb is not None:
-            self._wandb.finish()
-
-    def _to_wandb(self, content: dict[str, Any], step: int) -> None:
-        """Hand over to wandb; its troubles are told once and never stop the training."""
-        if self._wandb is None:
-            return
-        try:
-            self._wandb.log(content, step=step)
-        except Exception as error:
-            self.say(f"wandb: {error}; going on without it (metrics.jsonl has everything)")
-            self._wandb = None
+            self._wandb.close(int(failed))
 
 
-_PLAIN_ON_CONSOLE = ("train/", "opt/", "perf/")
+ALERT_PAUSE = 3600.0
+"""Seconds between two alerts of the same title."""
+
+HANDING_OVER = 2.0
+"""Seconds for which a process that hangs waits for its last words to be taken."""
+
+_PLAIN_ON_CONSOLE = ("train", "opt", "perf")
 _SILENT_AT_ZERO = ("skipped", "fallbacks", "compilations", "bad_samples", "paused")
 _NOT_ON_CONSOLE = ("images_per_second_per_chip", "host_memory_gb")
 
@@ -102,9 +164,10 @@ _NOT_ON_CONSOLE = ("images_per_second_per_chip", "host_memory_gb")
 def _console_line(step: int, figures: Mapping[str, float]) -> str:
     shown = {}
     for name, value in figures.items():
-        room, _, rest = name.rpartition("/")
-        if rest not in _NOT_ON_CONSOLE and (value or rest not in _SILENT_AT_ZERO):
-            shown[rest if room + "/" in _PLAIN_ON_CONSOLE else name] = value
+        room, _, rest = name.partition("/")
+        word = rest.rpartition("/")[2]
+        if word not in _NOT_ON_CONSOLE and (value or word not in _SILENT_AT_ZERO):
+            shown[rest if room in _PLAIN_ON_CONSOLE else name] = value
     return f"step {step:>7d}  " + "  ".join(f"{k} {v:.4g}" for k, v in shown.items())
 
 
@@ -122,29 +185,3 @@ def _drop_lines_after(path: Path, step: int) -> None:
     unfinished = path.with_suffix(".unfinished")
     unfinished.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
     unfinished.replace(path)
-
-
-def _start_wandb(folder: Path, config: RunConfig) -> Any:
-    """A wandb run tied to the results folder, so that a resumed run continues the same curves."""
-    try:
-        import wandb
-
-        if key := os.environ.get("WANDB_KEY"):
-            os.environ.setdefault("WANDB_API_KEY", key)
-        id_file = folder / "wandb_id"
-        if not id_file.exists():
-            id_file.write_text(uuid.uuid4().hex[:8])
-        return wandb.init(
-            project=config.tracking.project or os.environ.get("PROJECT") or "rae_xla",
-            entity=config.tracking.entity or os.environ.get("ENTITY"),
-            name=config.tracking.name or folder.name,
-            id=id_file.read_text().strip(),
-            resume="allow",
-            dir=str(folder),
-            config=config.to_dict(),
-        )
-    except Exception as error:
-        print(
-            f"wandb: {error}; going on without it (metrics.jsonl has everything)", file=sys.stderr
-        )
-        return None

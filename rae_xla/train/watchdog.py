@@ -14,6 +14,7 @@ import faulthandler
 import os
 import sys
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -92,6 +93,8 @@ class Watchdog:
         self._report = folder / f"hang-{process_index}.txt"
         self._poll = min(timeout / 4, 10.0)
         self._over = threading.Event()
+        self.tell: Callable[[str], None] | None = None
+        """Who else is told, before the process ends; must return soon."""
         self.begin(STARTING, 0)
 
     def begin(self, activity: Activity, step: int, more_seconds: float = 0.0) -> None:
@@ -146,6 +149,9 @@ class Watchdog:
             _write(sys.__stderr__, text)
         with suppress(Exception), self._report.open("a", encoding="utf-8") as file:
             _write(file, text)
+        with suppress(Exception):
+            if self.tell is not None:
+                self.tell(text.strip())
         # What hangs in native code cannot be unwound.
         os._exit(EXIT_HUNG)
 

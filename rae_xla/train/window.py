@@ -14,14 +14,13 @@ from typing import TypeVar
 from torch import Tensor
 
 from rae_xla.runtime import Runtime
+from rae_xla.train.figures import SKIPPED
 from rae_xla.train.plan import Plan
 from rae_xla.train.step import Step
 
 T = TypeVar("T")
 
 Figures = dict[str, float]
-
-SKIPPED = "/skipped"
 
 AHEAD = 2
 """Steps the devices may have been asked for and not finished: one that they compute, and one that
@@ -131,7 +130,7 @@ class Windows:
 
     def close(self, step: int, scalars: Figures) -> None:
         """End the window with ``step``, the number of steps taken, and begin the next one."""
-        figures = {**scalars, "epoch": step / self._plan.per_epoch} | self._performance()
+        figures = {**scalars, "train/epoch": step / self._plan.per_epoch} | self._performance()
         figures["perf/compilations"] = self._runtime.compilations()
         figures["perf/fallbacks"] = sum(self._runtime.fallbacks().values())
         self._closed = (step, self._taken, figures)

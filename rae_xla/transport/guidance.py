@@ -27,9 +27,11 @@ GUIDANCE_METHODS = ("cfg", "autoguidance")
 
 
 # Compared and hashed by identity: a solver keeps one compiled step for each of its two branches.
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Guided:
     """A model with its labels bound and guidance applied; made by :func:`guided`.
+
+    ``y`` may be replaced by the labels of another batch: what a solver has compiled stays good.
 
     Called with mixed times it guides only the rows inside the interval, for which it has to read
     ``t`` on the host. A solver, which knows the time already, takes a branch from :meth:`at`.

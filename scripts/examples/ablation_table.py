@@ -19,7 +19,7 @@ COLUMNS = {
     "L1": "train/l1",
     "LPIPS": "train/lpips",
     "GAN": "train/gan",
-    "D loss": "disc/loss",
+    "D loss": "train/disc/loss",
     "PSNR": "eval/psnr",
     "SSIM": "eval/ssim",
 }

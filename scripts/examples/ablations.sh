@@ -34,12 +34,20 @@ while (($#)); do
 done
 ((${#names[@]})) || names=(gan tau lr lpips)
 configs=configs/ablations/decoder
+# SMOKE=1: --digits with the smallest of stand-ins for data and networks, in seconds.
+smoke=${SMOKE:-}
+[[ -z $smoke ]] || digits=true
 if [[ -z ${VIRTUAL_ENV:-} && -e .venv/bin/activate ]]; then
     # shellcheck source=/dev/null
     source .venv/bin/activate
 fi
 
-if $digits; then
+if [[ -n $smoke ]]; then
+    out=${out:-results/ablations-smoke}
+    tiny=$(python scripts/examples/smoke.py configs/quickstart/stage1.yaml "${SMOKE_DIR:-results/smoke}")
+    mapfile -t tiny <<<"$tiny"
+    settings=("base=$configs/digits.yaml" "${tiny[@]}" eval.eval_interval=2 "${settings[@]}")
+elif $digits; then
     out=${out:-results/ablations-digits}
     data=$out/data
     [[ -e $data/images ]] || python scripts/quickstart/digits.py --out "$data/images"

@@ -2,11 +2,12 @@
 # Stage 1, the published recipe: a ViT-XL decoder for DINOv2-B, ImageNet 256 px, 16 epochs.
 #
 # Config   configs/stage1/dinov2_b_256.yaml
-# Data     shards/imagenet-train, shards/imagenet-val (rae-xla shards make), or data.train=... data.val=...
-# Files    models/discs/dino_vit_small_patch8_224.pth: hf download nyu-visionx/RAE-collections \
-#              discs/dino_vit_small_patch8_224.pth --local-dir models
-#          VGG16 and Inception are downloaded by torchvision and torch-fidelity, or weights.vgg16=FILE
+# Data     gs://$BUCKET/shards/imagenet-{train,val}; without BUCKET, shards/ here, or data.train=... data.val=...
+# Files    the discriminator's backbone, VGG16 and Inception are downloaded; without network:
+#          gan.disc.arch.dino_ckpt_path=FILE weights.vgg16=FILE weights.inception=FILE
 # Expect   rFID 0.57 (0.49 without noise on the latents: stage_1.params.noise_tau=0)
-# Results  $OUT (results/stage1_dinov2_b): checkpoints, decoder.pt, recon.json. Started again, it goes on.
-cd "$(dirname "${BASH_SOURCE[0]}")/../.." && . scripts/examples/lib_stage1.sh
-stage1 configs/stage1/dinov2_b_256.yaml "$@"
+# Results  $OUT (results/stage1_dinov2_b): decoder.pt, recon.json;
+#          checkpoints there, or in gs://$BUCKET/runs. Started again, it goes on.
+cd "$(dirname "${BASH_SOURCE[0]}")/../.." && . scripts/examples/lib_examples.sh
+begin configs/stage1/dinov2_b_256.yaml "$@"
+train_decoder

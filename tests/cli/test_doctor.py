@@ -5,6 +5,8 @@ import json
 import pytest
 from tiny import make_configs, make_shards, rae_xla
 
+pytestmark = pytest.mark.unhurried
+
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):

@@ -10,6 +10,8 @@ import tiny
 
 from rae_xla.cli.main import main
 
+pytestmark = pytest.mark.unhurried
+
 TOPOLOGY = ("--topology", "v6e:2x2", "--batch", "8")
 
 

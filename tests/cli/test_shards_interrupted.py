@@ -14,6 +14,8 @@ from PIL import Image
 
 from rae_xla.data.shards import verify
 
+pytestmark = pytest.mark.unhurried
+
 PER_SHARD = 8
 
 

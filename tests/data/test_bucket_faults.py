@@ -18,6 +18,8 @@ from rae_xla.data.stream import SampleStream
 from rae_xla.data.transforms import CenterCrop
 from rae_xla.errors import UserError
 
+pytestmark = pytest.mark.unhurried
+
 BATCH = 16
 
 

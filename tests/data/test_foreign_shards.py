@@ -18,6 +18,8 @@ from rae_xla.data.transforms import CenterCrop
 from rae_xla.data.verify import verify
 from rae_xla.errors import UserError
 
+pytestmark = pytest.mark.unhurried
+
 
 def _message(*arguments, **options) -> str:
     with pytest.raises(UserError) as caught:

@@ -16,6 +16,8 @@ from rae_xla.data.shards import make_shards, verify
 from rae_xla.data.sources import open_source
 from rae_xla.errors import UserError
 
+pytestmark = pytest.mark.unhurried
+
 datasets = pytest.importorskip("datasets")
 
 NAMES = ["tench", "goldfish", "shark"]

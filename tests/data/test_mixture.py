@@ -12,6 +12,8 @@ from rae_xla.data.stream import SampleStream
 from rae_xla.data.transforms import ResizeRandomCrop
 from rae_xla.errors import UserError
 
+pytestmark = pytest.mark.unhurried
+
 
 @pytest.fixture
 def two(make_shards):

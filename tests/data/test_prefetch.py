@@ -16,6 +16,8 @@ from rae_xla.data.prefetch import in_processes, in_thread
 from rae_xla.data.rows import Made
 from rae_xla.errors import UserError
 
+pytestmark = pytest.mark.unhurried
+
 
 class CountingRows:
     """Rows that are cheap to make; module-level, so that they pickle."""

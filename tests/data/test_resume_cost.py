@@ -12,6 +12,8 @@ from rae_xla.data.order import block_size
 from rae_xla.data.stream import SampleStream
 from rae_xla.data.transforms import CenterCrop
 
+pytestmark = pytest.mark.unhurried
+
 SAMPLES, BATCH = 2_000_000, 256
 
 

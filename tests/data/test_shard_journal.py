@@ -17,6 +17,8 @@ from rae_xla.data.shards import ShardSample, make_shards, verify, write_shards
 from rae_xla.data.sources import array_source, open_source
 from rae_xla.errors import UserError
 
+pytestmark = pytest.mark.unhurried
+
 
 def _source(count: int = 45, **options):
     return array_source(*numbered_arrays(count), **options)

@@ -18,6 +18,8 @@ from rae_xla.data.shards import make_shards, verify
 from rae_xla.data.sources import array_source, open_source
 from rae_xla.errors import UserError
 
+pytestmark = pytest.mark.unhurried
+
 
 @pytest.fixture
 def tars(tmp_path, bucket) -> str:

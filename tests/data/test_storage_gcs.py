@@ -21,6 +21,8 @@ from gcs_emulator import GcsEmulator
 from rae_xla.data import storage
 from rae_xla.errors import UserError
 
+pytestmark = pytest.mark.unhurried
+
 MIB = 1 << 20
 FAILING = [
     {"kind": "503"},

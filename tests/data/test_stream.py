@@ -12,6 +12,8 @@ from rae_xla.data.stream import SampleStream, one_pass
 from rae_xla.data.transforms import CenterCrop, ResizeRandomCrop
 from rae_xla.errors import UserError
 
+pytestmark = pytest.mark.unhurried
+
 
 def _stream(index, **options):
     settings = {"seed": 5, "global_batch_size": 16, "transform": CenterCrop(8)} | options

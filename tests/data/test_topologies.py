@@ -15,6 +15,8 @@ from rae_xla.data.shards import open_index
 from rae_xla.data.stream import SampleStream
 from rae_xla.data.transforms import ResizeRandomCrop
 
+pytestmark = pytest.mark.unhurried
+
 BATCH, STEPS = 32, 7  # past the end of the first epoch
 
 FEW = [(1, 1), (2, 4), (8, 1)]

@@ -17,6 +17,8 @@ from rae_xla.data.tar_files import expand_braces, tar_files
 from rae_xla.data.transforms import CenterCrop
 from rae_xla.errors import UserError
 
+pytestmark = pytest.mark.unhurried
+
 
 def _open(source, **options):
     return open_source(str(source), shuffle=False, **options)

@@ -11,6 +11,8 @@ import pytest
 from rae_xla.data.worker_pool import ordered_map
 from rae_xla.errors import UserError
 
+pytestmark = pytest.mark.unhurried
+
 
 def _square(number: int) -> int:
     time.sleep(0.02 * (number % 3))

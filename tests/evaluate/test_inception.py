@@ -7,7 +7,15 @@ import torch
 from random_networks import random_extractor, write_inception
 
 from rae_xla.errors import UserError
-from rae_xla.evaluate.inception import load_inception, resize_like_tensorflow1
+from rae_xla.evaluate.inception import (
+    CLASSES,
+    FEATURES,
+    SPATIAL_FEATURES,
+    load_inception,
+    resize_like_tensorflow1,
+)
+
+pytestmark = pytest.mark.unhurried
 
 
 @pytest.fixture(scope="module")
@@ -34,10 +42,22 @@ def test_the_resize_is_the_same_to_the_last_bit(size):
 def test_the_features_are_torch_fidelitys_own(weights):
     network = load_inception(str(weights))
     images = pictures(32, 32)
+    published = random_extractor(features=("2048", "logits_unbiased"))
+    published.Mixed_6d.branch1x1.register_forward_hook(lambda *made: maps.append(made[2]))
+    maps: list[torch.Tensor] = []
+    pool, logits = published(images)
     found = network(images)
-    assert found.shape == (2, 2048)
-    assert torch.equal(found, random_extractor()(images)[0])
-    assert found.std() > 0.01  # random weights, but not so that nothing is left of the pictures
+    assert {name: rows.shape[1] for name, rows in found.items()} == {
+        "pool": FEATURES, "spatial": SPATIAL_FEATURES, "logits": CLASSES,
+    }  # fmt: skip
+    assert torch.equal(found["pool"], pool)
+    torch.testing.assert_close(found["logits"], logits, rtol=1e-5, atol=1e-5)
+    # seven channels of mixed_6/conv, the channel last
+    assert maps[0].shape[2:] == (17, 17)
+    assert torch.equal(found["spatial"].view(2, 17, 17, 7), maps[0][:, :7].permute(0, 2, 3, 1))
+    # random weights, but not so that nothing is left of the pictures
+    assert pool.std() > 0.01
+    assert maps[0][:, :7].std() > 0.01
     assert network.source == str(weights)
     assert not network.training
     assert not any(parameter.requires_grad for parameter in network.parameters())

@@ -55,9 +55,9 @@ def test_the_losses_begin_in_their_epochs(finished):
     for line in metrics(folder):
         names = line.keys()
         assert {"train/l1", "train/lpips", "train/grad_norm", "train/skipped"} <= names
-        assert ("disc/loss" in names) == (line["step"] > 6)
-        assert ("disc/accuracy" in names) == (line["step"] > 6)
-        assert ("disc/grad_norm" in names) == (line["step"] > 6)
+        assert ("train/disc/loss" in names) == (line["step"] > 6)
+        assert ("train/disc/accuracy" in names) == (line["step"] > 6)
+        assert ("train/disc/grad_norm" in names) == (line["step"] > 6)
         assert ("train/gan" in names) == (line["step"] > 12)
         assert ("train/adaptive_weight" in names) == (line["step"] > 12)
         assert line["train/skipped"] == 0
@@ -163,7 +163,7 @@ def test_torch_compile_changes_no_number(world):
         assert done.returncode == 0, done.stderr
     runs = [metrics(world["folder"] / name) for name in ("compiled", "eager")]
     for ours, theirs in zip(*runs, strict=True):
-        for name in ("train/l1", "train/lpips", "train/gan", "disc/loss"):
+        for name in ("train/l1", "train/lpips", "train/gan", "train/disc/loss"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-4), (ours["step"], name)
 
 
@@ -202,7 +202,7 @@ def test_evaluation_while_training(world):
     assert done.returncode == 0, done.stderr
     lines = [m for m in metrics(world["folder"] / "evaluated") if "eval/psnr" in m]
     assert [line["step"] for line in lines] == [10, 20]
-    assert lines[1]["eval_model/psnr"] > lines[0]["eval_model/psnr"]
+    assert lines[1]["eval/model/psnr"] > lines[0]["eval/model/psnr"]
     report = world["folder"] / "report.json"
     alone = rae_xla(
         "evaluate", "recon", "--config", world["config"], "--ckpt", world["folder"] / "evaluated",

@@ -54,7 +54,7 @@ def train(world, name, *overrides):
     return metrics(folder)
 
 
-LOSSES = ("train/loss", "train/l1", "train/lpips", "train/gan", "disc/loss")
+LOSSES = ("train/loss", "train/l1", "train/lpips", "train/gan", "train/disc/loss")
 
 
 @pytest.fixture(scope="module")
@@ -100,9 +100,9 @@ def test_every_topology_gives_the_losses_of_plain_torch(world, on_torch, devices
         # 1e-4 in two steps, by 2e-3 in the third, and by up to 2.5e-2 once the rectifiers have
         # taken sides.
         tolerance = {1: 1e-3, 2: 1e-3, 3: 1e-2}.get(one["step"], 0.1)
-        for name in ("disc/grad_norm", "train/grad_norm"):
+        for name in ("train/disc/grad_norm", "train/grad_norm"):
             assert one[name] == pytest.approx(other[name], rel=tolerance), (one["step"], name)
-    for name in ("disc/grad_norm", "train/grad_norm"):
+    for name in ("train/disc/grad_norm", "train/grad_norm"):
         assert lines[0][name] == pytest.approx(on_torch[0][name], rel=1e-4), name
     assert {line["perf/compilations"] for line in lines} == {1}
     assert {line["perf/fallbacks"] for line in lines} == {0}

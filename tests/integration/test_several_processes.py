@@ -28,7 +28,7 @@ MESHES = {
     "2 data x 2 fsdp": (4, ["mesh.ici.data=2"]),
     "2 slices x 2 fsdp": (4, ["mesh.dcn.data=2"]),
 }
-LOSSES = ("train/l1", "train/lpips", "train/gan", "disc/loss", "train/loss")
+LOSSES = ("train/l1", "train/lpips", "train/gan", "train/disc/loss", "train/loss")
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ def test_the_gan_step_gives_the_losses_of_one_process(world, mesh):
         # The gradients of the whole batch, and their ratio, not those of a process's rows; later
         # on rounding decides on which side of their rectifiers pixels lie (see SMOOTH).
         tolerance = 1e-5 if one["step"] == 1 else 0.05
-        for name in ("train/grad_norm", "disc/grad_norm", "train/adaptive_weight"):
+        for name in ("train/grad_norm", "train/disc/grad_norm", "train/adaptive_weight"):
             assert one[name] == pytest.approx(other[name], rel=tolerance), (one["step"], name)
 
 

@@ -254,7 +254,7 @@ def test_a_disk_that_is_full_costs_one_clear_error_and_no_checkpoint(world, tmp_
     )  # fmt: skip
     assert "step 10: the checkpoint could not be written: " in done.stderr
     assert [line["step"] for line in metrics(tmp_path)] == list(range(1, 21))
-    assert sum(line.get("checkpoint/failed", 0) for line in metrics(tmp_path)) == 3
+    assert sum(line.get("ckpt/failed", 0) for line in metrics(tmp_path)) == 3
     assert one_error(done, "checkpoint of step 20, the last, could not be written: .*its start")
     assert not list((tmp_path / "checkpoints").iterdir())
 

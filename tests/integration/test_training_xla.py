@@ -3,9 +3,22 @@
 Each run is a process of its own, as a user would start it.
 """
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
-from tiny import make_configs, make_shards, metrics, rae_xla, same_bits, train_and_kill
+from tiny import (
+    environment,
+    make_configs,
+    make_shards,
+    metrics,
+    rae_xla,
+    same_bits,
+    train_and_kill,
+)
 
 pytestmark = pytest.mark.xla
 
@@ -54,6 +67,21 @@ def test_every_topology_gives_the_losses_of_plain_torch(world, on_torch, topolog
     same_losses(on_xla, on_torch)
     assert {line["perf/compilations"] for line in on_xla} == {1}
     assert {line["perf/fallbacks"] for line in on_xla} == {0}
+
+
+@pytest.mark.slow
+def test_each_of_eight_devices_holds_an_eighth_of_the_state():
+    """Parameters, both moments and the average, with what every device has a copy of."""
+    script = Path(__file__).with_name("state_on_eight.py")
+    done = subprocess.run(
+        [sys.executable, script], env=environment(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["trained"] >= 20e6
+    assert len(found["on_device"]) == 8
+    assert found["total"] >= 16 * found["trained"]  # four of them, in float32
+    assert max(found["on_device"].values()) <= 1.05 * found["total"] / 8
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ from rae_xla.data.shards import write_shards
 from rae_xla.data.sources import array_source
 from rae_xla.interop.checkpoint_folder import Checkpoint, list_checkpoints
 from rae_xla.interop.checkpoint_tensors import CheckpointContent
+from rae_xla.train.figures import unknown_names
 
 CLASSES, IMAGES, SIZE, BATCH = 4, 48, 32, 8
 ROOT = Path(__file__).parents[2]
@@ -216,8 +217,11 @@ def environment() -> dict[str, str]:
 
 
 def metrics(folder: Path) -> list[dict[str, float]]:
-    """The lines of a results folder's ``metrics.jsonl``."""
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    """The lines of a results folder's ``metrics.jsonl``, whose names must all be known ones."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    unknown = unknown_names({name for line in lines for name in line} - {"step"})
+    assert not unknown, f"not in rae_xla/train/figures.py: {unknown}"
+    return lines
 
 
 def saved(folder: Path, step: int = 20) -> CheckpointContent:

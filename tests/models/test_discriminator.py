@@ -19,6 +19,8 @@ from rae_xla.models.discriminator import (
 )
 from rae_xla.models.gan_losses import hinge_d, vanilla_g
 
+pytestmark = pytest.mark.unhurried
+
 KEYMAPS = ("S_8_ks9", "S_16_ks3", "B_16_ks3")
 
 

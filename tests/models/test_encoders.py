@@ -18,6 +18,8 @@ from rae_xla.errors import UserError
 from rae_xla.models.encoders import DINOv2Encoder, MAEEncoder, SigLIP2Encoder, image_mean_std
 from rae_xla.models.hf_folder import is_hub_id
 
+pytestmark = pytest.mark.unhurried
+
 SIZES = {
     "hidden_size": 16,
     "num_hidden_layers": 2,

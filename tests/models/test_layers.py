@@ -11,9 +11,11 @@ from rae_xla.errors import UserError
 from rae_xla.models.embeddings import LabelEmbedder, TimestepEmbedder, sincos_positions
 from rae_xla.models.layers import (
     Attention,
+    FusedLinear,
     RMSNorm,
     RotaryEmbedding,
     SwiGLU,
+    TurnedOnce,
     apply_rope,
     per_token,
 )
@@ -94,6 +96,25 @@ def test_rope_by_a_quarter_turn_is_rotate_half(case: Case) -> None:
 def test_rope_keeps_the_dtype_of_its_input() -> None:
     x = torch.randn(1, 2, 16, 8, dtype=torch.bfloat16)
     assert apply_rope(x, RotaryEmbedding(8, 4)()).dtype == torch.bfloat16
+
+
+def test_rope_on_xla_turns_gradients_back_as_autograd_does() -> None:
+    """Any tables will do: none of the sine and cosine is made use of."""
+    x = torch.randn(2, 3, 8, 6, dtype=torch.float64, requires_grad=True)
+    tables = torch.randn(3, 8, 6, dtype=torch.float64).unbind()
+    weight = torch.randn_like(x)
+    found, expected = (
+        torch.autograd.grad((turned * weight).sum(), x)
+        for turned in (TurnedOnce.apply(x, *tables), apply_rope(x, tables))
+    )
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_fused_layer_cuts_its_parts_into_heads() -> None:
+    layer, x = FusedLinear(6, 8, 3), torch.randn(2, 5, 6)
+    for part, heads in zip(layer(x), layer(x, heads=4), strict=True):
+        assert heads.shape == (2, 4, 5, 2)
+        torch.testing.assert_close(heads.transpose(1, 2).flatten(2), part)
 
 
 def test_time_embedding(case: Case) -> None:

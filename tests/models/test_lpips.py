@@ -15,6 +15,8 @@ from rae_xla.errors import UserError
 from rae_xla.models import lpips as module
 from rae_xla.models.lpips import LPIPS, load_lpips
 
+pytestmark = pytest.mark.unhurried
+
 CASE = load_disc_case("lpips_random_vgg")
 
 

@@ -132,3 +132,36 @@ def test_flops_of_a_traced_step():
     assert count_flops(parse_module(text)) == 2 * 4 * 8 * 32 * 16 + 2 * (2 * 5 * 4 * 4) * (
         3 * 2 * 2
     )
+
+
+def test_flops_of_what_the_model_splits_itself_are_those_of_all_chips():
+    """Two products: of each chip's rows, and of the whole that their sum makes."""
+    by = "custom-call(%s), custom_call_target="
+    text = "\n".join([
+        "ENTRY %main (x: f32[8,2]) -> f32[2,2] {",
+        "  %x = f32[8,2]{1,0} parameter(0)",
+        f'  %own = f32[2,2]{{1,0}} {by % "%x"}"SPMDFullToShardShape", sharding={{manual}}',
+        "  %copy.1 = f32[2,2]{1,0} copy(%own)",
+        "  %dot.1 = f32[2,2]{1,0} dot(f32[2,2]{1,0} %copy.1, f32[2,2]{1,0} %own), "
+        "lhs_contracting_dims={0}, rhs_contracting_dims={0}",
+        f'  %all = f32[2,2]{{1,0}} {by % "%dot.1"}"SPMDShardToFullShape", sharding={{replicated}}',
+        "  ROOT %dot.2 = f32[2,2]{1,0} dot(f32[2,2]{1,0} %all, f32[2,2]{1,0} %all), "
+        "lhs_contracting_dims={1}, rhs_contracting_dims={0}",
+        "}",
+    ])  # fmt: skip
+    one = 2 * 2 * 2 * 2
+    assert count_flops(parse_module(text), chips=4) == 4 * one + one
+
+
+def test_flops_of_attention_kernels_are_those_of_all_chips():
+    """Forward two products of (N, d) and (d, N) matrices, backward five, on each chip."""
+    result = "(f32[2,128,128]{2,1,0}, bf16[2,3,128,64]{3,2,1,0}, f32[2,3,128,128]{3,2,1,0})"
+    kernel = 'custom-call(%q), custom_call_target="tpu_custom_call", metadata={op_name="%s/call"}'
+    text = "\n".join([
+        "ENTRY %main (q: bf16[2,3,128,64]) -> bf16[2,3,128,64] {",
+        "  %q = bf16[2,3,128,64]{3,2,1,0} parameter(0)",
+        f"  %a = {result} {kernel.replace('%s', 'splash_mha_fwd_residuals')}",
+        f"  ROOT %b = {result} {kernel.replace('%s', 'jit/vmap(splash_mha_dkv)')}",
+        "}",
+    ])  # fmt: skip
+    assert count_flops(parse_module(text), chips=4) == 4 * (2 + 5) * 2 * (2 * 3 * 128 * 128 * 64)

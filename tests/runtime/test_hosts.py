@@ -13,6 +13,8 @@ import pytest
 from rae_xla.errors import UserError
 from rae_xla.runtime.hosts import Hosts
 
+pytestmark = pytest.mark.unhurried
+
 PROCESS = """
 import json, sys
 from datetime import timedelta

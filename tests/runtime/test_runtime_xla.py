@@ -8,6 +8,8 @@ from torch import nn
 
 from rae_xla.config import MeshConfig, RunConfig, RuntimeConfig
 from rae_xla.config.sections import IciMesh
+from rae_xla.errors import UserError
+from rae_xla.models import attention as attentions
 from rae_xla.models.dino_vit import DINOShape, DINOViT
 from rae_xla.models.discriminator import DinoDiscriminator
 from rae_xla.models.dit_dh import DiTDH
@@ -159,3 +161,85 @@ def test_leaving_the_graph_inside_a_compiled_function_is_an_error(runtime):
     torch.testing.assert_close(
         runtime.to_host({"y": double(runtime.put({"x": host}))})["y"], host * 2
     )
+
+
+@pytest.mark.slow
+def test_a_loop_over_blocks_has_one_block_for_each_direction(runtime, monkeypatch):
+    import torch_xla
+
+    monkeypatch.setattr(runtime, "_scan", True)
+    monkeypatch.setattr(runtime, "_remat", 0.0)
+    products = []
+    for depth in (3, 6):
+        sizes = {"input_size": 4, "in_channels": 8, "hidden_size": (16, 24), "depth": (depth, 1)}
+        model = runtime.place(DiTDH(**sizes, num_heads=2, num_classes=4).train())
+        batch = {"x": torch.randn(8, 8, 4, 4), "t": torch.rand(8), "y": torch.arange(8) % 4}
+        placed = runtime.put(batch)
+        loss = model(**placed, label_drop=placed["y"] > 2).square().mean()
+        trained = [p for p in model.parameters() if p.requires_grad]
+        text = torch_xla._XLAC._get_xla_tensors_hlo([*torch.autograd.grad(loss, trained)])
+        assert text.count(" while(") == 2
+        products.append(text.count(" dot("))
+    assert products[0] == products[1] > 0
+
+
+@pytest.fixture
+def kernels(runtime):
+    """The flash kernels' arithmetic on the CPU, from 128 tokens on."""
+    pytest.importorskip("jax")
+    from rae_xla.runtime.xla_flash import FlashAttention, use_flash
+
+    flash = FlashAttention(runtime._mesh, runtime.mesh, 128, interpret=True)
+    use_flash(flash)
+    yield flash
+    use_flash(None)
+
+
+def heads(tokens, channels):
+    return [torch.randn(4, 2, tokens, channels) for _ in range(4)]
+
+
+@pytest.mark.slow
+def test_flash_attention_is_attention(runtime, kernels):
+    """Forward and backward, each device on its rows; 24 channels are not what a kernel takes."""
+    query, key, value, weight = heads(128, 24)
+
+    def run(query, key, value, weight):
+        given = [t.detach().clone().requires_grad_() for t in (query, key, value)]
+        mixed = attentions.attention(*given)
+        with torch.no_grad():
+            again = attentions.attention(*given)
+        return [mixed, again, *torch.autograd.grad(mixed, given, weight)]
+
+    placed = runtime.put({"query": query, "key": key, "value": value, "weight": weight})
+    found = runtime.compile(lambda batch: run(**batch))(placed)
+    assert sharding(found[0]) == sharding(placed["query"])
+    expected = run(query, key, value, weight)
+    host = runtime.to_host({str(i): tensor for i, tensor in enumerate(found)})
+    torch.testing.assert_close(list(host.values()), expected, rtol=1e-5, atol=2e-6)
+
+
+def test_what_the_flash_kernels_cannot_do_is_left_to_plain_attention(runtime, kernels):
+    for tokens in (64, 200):
+        query, key, value, _ = heads(tokens, 8)
+        assert kernels(query, key, value) is None
+    query, key, value, _ = heads(128, 8)
+    assert kernels(query, key[:, :, :64], value[:, :, :64]) is None
+    assert kernels(query[:3], key[:3], value[:3]) is None  # rows for four devices
+
+
+def test_flash_attention_is_for_long_rows_on_a_tpu():
+    from rae_xla.runtime.xla_flash import JAX, LONG, _version, tokens_from
+
+    assert tokens_from("auto", "bf16", tpu=False) is None
+    assert tokens_from("plain", "bf16", tpu=True) is None
+    assert tokens_from("auto", "fp32", tpu=True) is None
+    with pytest.raises(UserError, match="TPUs alone"):
+        tokens_from("flash", "bf16", tpu=False)
+    if _version("jax") == JAX:
+        assert tokens_from("auto", "bf16", tpu=True) == LONG
+        assert tokens_from("flash", "bf16", tpu=True) == 0
+        with pytest.raises(UserError, match="precision"):
+            tokens_from("flash", "fp32", tpu=True)
+    else:
+        assert tokens_from("auto", "bf16", tpu=True) is None

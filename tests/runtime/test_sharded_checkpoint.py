@@ -16,6 +16,8 @@ from rae_xla.interop.checkpoint_folder import Folder
 from rae_xla.runtime import checkpoint as sharded
 from rae_xla.runtime.snapshot import HostShard, HostTensor
 
+pytestmark = pytest.mark.unhurried
+
 W = torch.arange(24.0).reshape(6, 4)
 SNAPSHOT = {
     "model/w": HostTensor((6, 4), (HostShard(W[4:], (4, 0)), HostShard(W[:4], (0, 0)))),

@@ -68,7 +68,7 @@ def test_the_tensor_axis_splits_layers_as_they_compute(rules):
     of = shardings.parameters
     assert of["blocks.0.mlp.w12.weight"] == Placement((None, both), ("tensor", None))
     assert of["blocks.0.mlp.w3.weight"] == Placement((both, None), (None, "tensor"))
-    assert of["blocks.0.adaLN_modulation.1.weight"] == Placement((None, both), (None, None))
+    assert of["blocks.0.adaLN_modulation.1.weight"] == Placement((both, None), (None, None))
     assert shardings.activations["blocks.29"] == (("data", "fsdp"),)
 
 

@@ -11,6 +11,8 @@ from work_of_processes import start_runtime, work
 from rae_xla.errors import UserError
 from rae_xla.runtime.launch import Launch, read_launch
 
+pytestmark = pytest.mark.unhurried
+
 COUNT = 4
 
 

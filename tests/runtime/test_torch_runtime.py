@@ -52,3 +52,8 @@ def test_a_machine_with_more_gpus_is_told_how_to_use_them(monkeypatch):
     assert told in start(settings, MeshConfig()).description
     with pytest.raises(UserError, match=rf"does not make the 1 devices.*{told}"):
         start(settings, MeshConfig(ici=IciMesh(fsdp=8)))
+
+
+def test_flash_attention_is_not_of_this_backend():
+    with pytest.raises(UserError, match=r"runtime.attention is flash.*TPUs alone"):
+        start(RuntimeConfig(backend="torch", attention="flash"), MeshConfig())

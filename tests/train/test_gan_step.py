@@ -21,6 +21,8 @@ from rae_xla.config.sections import RuntimeConfig
 from rae_xla.runtime import start
 from rae_xla.train.gan_step import Phase, _to_8_bits
 
+pytestmark = pytest.mark.unhurried
+
 
 @pytest.fixture
 def networks():
@@ -78,8 +80,8 @@ def test_the_recorded_step(networks, runtime, monkeypatch):
 PHASES = {
     "L1": (Phase(False, False, False), {"train/l1"}),
     "LPIPS": (Phase(True, False, False), {"train/l1", "train/lpips"}),
-    "discriminator": (Phase(True, False, True), {"train/l1", "train/lpips", "disc/loss"}),
-    "GAN": (EVERYTHING, {"train/l1", "train/lpips", "train/gan", "disc/loss"}),
+    "discriminator": (Phase(True, False, True), {"train/l1", "train/lpips", "train/disc/loss"}),
+    "GAN": (EVERYTHING, {"train/l1", "train/lpips", "train/gan", "train/disc/loss"}),
 }
 
 
@@ -89,7 +91,7 @@ def test_a_phase_trains_what_it_says(networks, runtime, name):
     state, step = prepare(networks, settings(), runtime, phase)
     before = {k: v.clone() for k, v in networks.disc.state_dict().items()}
     step(batch())
-    known = {"train/l1", "train/lpips", "train/gan", "disc/loss"}
+    known = {"train/l1", "train/lpips", "train/gan", "train/disc/loss"}
     assert set(step.names) & known == losses
     moved = [k for k, v in networks.disc.state_dict().items() if not torch.equal(v, before[k])]
     assert bool(moved) == phase.disc
@@ -118,7 +120,7 @@ def test_a_batch_in_parts(runtime, phase):
         weights = state.model.module.state_dict() | state.disc.module.state_dict()
         found.append((dict(zip(step.names, values, strict=True)), weights))
     (whole, after), (in_parts, after_parts) = found
-    for name in ("train/l1", "train/lpips", "disc/logits_fake"):
+    for name in ("train/l1", "train/lpips", "train/disc/logits_fake"):
         assert in_parts[name] == pytest.approx(whole[name], rel=2e-2 if "disc" in name else 1e-5)
     if phase.gan:
         weight = whole["train/adaptive_weight"]
@@ -150,7 +152,7 @@ def test_a_step_that_is_not_finite_changes_no_weight(networks, runtime):
     networks.rae.encoder_mean.fill_(float("nan"))  # what a broken batch would do
     figures = take(step)
     assert figures["train/skipped"] == 1
-    assert figures["disc/skipped"] == 1
+    assert figures["train/disc/skipped"] == 1
     for name, module in modules.items():
         for key, value in module.state_dict().items():
             if not key.endswith(("weight_u", "weight_v")):

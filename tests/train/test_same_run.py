@@ -22,6 +22,8 @@ from rae_xla.runtime import start
 from rae_xla.train import same_run
 from rae_xla.train.same_run import check_hosts, checked_rows
 
+pytestmark = pytest.mark.unhurried
+
 HOSTS = 4
 
 

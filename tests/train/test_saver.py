@@ -14,6 +14,8 @@ from rae_xla.interop.checkpoint_tensors import read_parts
 from rae_xla.train import saver as saving
 from rae_xla.train.state import make_state
 
+pytestmark = pytest.mark.unhurried
+
 
 def steps(folder):
     return [checkpoint.step for checkpoint in list_checkpoints(str(folder))]
@@ -101,14 +103,14 @@ def test_training_goes_on_while_it_is_written(storage_server, run_folder, monkey
         "step 20: no checkpoint, the one before it is still being written; "
         "checkpoint.every_steps asks for them faster than the storage takes them"
     ]
-    assert saver.take_figures().keys() == {"checkpoint/blocked_seconds"}
+    assert saver.take_figures().keys() == {"ckpt/blocked_seconds"}
     storage_server.clear_faults()
     saver.wait()
     [checkpoint] = list_checkpoints(run_folder)
     assert checkpoint.step == 10
     found = read_parts(checkpoint, ["model"])["model"]
     assert torch.equal(found["published.0.weight"], before)
-    assert saver.take_figures()["checkpoint/seconds"] > 0
+    assert saver.take_figures()["ckpt/seconds"] > 0
 
 
 def test_a_bucket_that_is_away_costs_no_step_and_is_tried_again(
@@ -125,7 +127,7 @@ def test_a_bucket_that_is_away_costs_no_step_and_is_tried_again(
     assert len(lines) == 1
     assert lines[0].startswith("step 10: the checkpoint could not be written: gs://runs/")
     assert steps(run_folder) == [5]
-    assert saver.take_figures()["checkpoint/failed"] == 1
+    assert saver.take_figures()["ckpt/failed"] == 1
     deadline = time.monotonic() + 30
     while not saver.retry_due and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -14,6 +14,8 @@ import pytest
 from rae_xla.train import survival
 from rae_xla.train.survival import AGREE_EVERY, EXIT_STOPPED, StopRequest, agreed
 
+pytestmark = pytest.mark.unhurried
+
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_is_remembered_and_the_handlers_come_back(number, capfd):

@@ -11,6 +11,8 @@ from tiny import environment, make_configs, make_shards
 
 from rae_xla.train.watchdog import COMPILING, EXIT_HUNG
 
+pytestmark = pytest.mark.unhurried
+
 TIMEOUT = 1.0
 
 START = """

@@ -28,21 +28,21 @@ def step(*names):
 
 
 def test_means_are_over_the_steps_that_have_a_finite_number():
-    found, plain, gan = windows(), step("train/loss"), step("train/loss", "disc/loss")
+    found, plain, gan = windows(), step("train/loss"), step("train/loss", "train/disc/loss")
     for which, values in ((plain, [1.0]), (gan, [2.0, 7.0]), (gan, [NAN, 9.0])):
         found.add(which, torch.tensor(values))
     found.close(10, {"opt/lr": 0.1})
     window = found.take()
     assert window.step == 10
     assert window.figures["train/loss"] == 1.5
-    assert window.figures["disc/loss"] == 8.0
-    assert window.figures["epoch"] == 2.0
+    assert window.figures["train/disc/loss"] == 8.0
+    assert window.figures["train/epoch"] == 2.0
     assert window.figures["opt/lr"] == 0.1
     assert found.take() is None
 
 
 def test_skips_are_summed_and_counted_in_a_row_over_windows():
-    found, both = windows(), step("train/loss", "train/skipped", "disc/skipped")
+    found, both = windows(), step("train/loss", "train/skipped", "train/disc/skipped")
 
     def window(*skips):
         for decoder, disc in skips:
@@ -52,7 +52,7 @@ def test_skips_are_summed_and_counted_in_a_row_over_windows():
 
     first = window((0, 0), (1, 0), (0, 1))
     assert first.figures["train/skipped"] == 1
-    assert first.figures["disc/skipped"] == 1
+    assert first.figures["train/disc/skipped"] == 1
     assert first.skipped_in_a_row == 2
     assert window((1, 1), (0, 0)).skipped_in_a_row == 3
     assert window((0, 0), (1, 0)).skipped_in_a_row == 1
@@ -68,12 +68,15 @@ def test_skips_are_summed_and_counted_in_a_row_over_windows():
 
 
 def test_figures_of_skipped_steps_count_for_nothing():
-    found, gan = windows(), step("train/l1", "train/skipped", "disc/accuracy", "disc/skipped")
+    found, gan = (
+        windows(),
+        step("train/l1", "train/skipped", "train/disc/accuracy", "train/disc/skipped"),
+    )
     for values in ([0.5, 0, 0.6, 0], [0.1, 0, 0.0, 1]):  # a comparison with NaN gives 0
         found.add(gan, torch.tensor(values))
     found.close(2, {})
     figures = found.take().figures
-    assert figures["disc/accuracy"] == pytest.approx(0.6)
+    assert figures["train/disc/accuracy"] == pytest.approx(0.6)
     assert figures["train/l1"] == pytest.approx(0.3)
 
 

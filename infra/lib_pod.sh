@@ -1,0 +1,98 @@
+# shellcheck shell=bash disable=SC2034  # the scripts use what is set here
+# What the scripts of this folder have in common: options, settings, the cloud, its hosts. Sourced.
+set -euo pipefail
+say() { printf 'pod: %s\n' "$*"; }
+fail() { printf 'pod: error: %s\n' "$*" >&2 && exit 2; }
+((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) || fail "bash 4.4 is needed (macOS: brew install bash)"
+root=$(cd -P "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+settings=$root/infra/pod.env dry_run=false
+option() { false; } # a script with options of its own has its own
+# read_options ARGUMENT...: then the settings. $words: the first that is no option and all after it.
+read_options() {
+    while (($#)); do
+        case $1 in
+            -h | --help) usage && exit ;;
+            --dry-run) dry_run=true ;;
+            --env=*) settings=${1#--env=} ;;
+            --) shift && break ;;
+            -*) option "$1" || { usage >&2 && fail "unknown option: $1"; } ;;
+            *) break ;;
+        esac
+        shift
+    done
+    words=("$@")
+    [[ -f $settings ]] || fail "there is no $settings: copy infra/pod.env.example and set what is in it"
+    NAME='' PROJECT='' ZONE='' ACCELERATOR='' RUNTIME_VERSION='' KIND=vm CAPACITY=on-demand SLICES=1
+    BUCKET='' MOUNT_POINT='' CREATE_OPTIONS=() PASS_ENV="BUCKET SLICES WANDB_API_KEY HF_TOKEN"
+    # shellcheck source=/dev/null
+    . "$settings"
+    must_be NAME '[a-z]([a-z0-9-]{0,48}[a-z0-9])?' "a-z, 0-9 and '-', beginning with a letter"
+    must_be PROJECT '[a-z][a-z0-9.:-]+' "the id of a Google Cloud project"
+    must_be ZONE '[a-z]+-[a-z]+[0-9]+-[a-z]' "such as us-east5-b"
+    must_be KIND 'vm|queued' "vm or queued"
+    must_be CAPACITY 'on-demand|spot|reserved' "on-demand, spot or reserved"
+    must_be SLICES '[1-9][0-9]?' "a number of slices"
+    must_be BUCKET '([a-z0-9][a-z0-9._-]+[a-z0-9])?' "the name of a bucket, without gs://"
+    ((SLICES == 1)) || [[ $KIND == queued ]] || fail "$settings: SLICES=$SLICES needs KIND=queued"
+    nodes=("$NAME")
+    ((SLICES == 1)) || mapfile -t nodes < <(seq -f "$NAME-%.0f" 0 $((SLICES - 1)))
+}
+must_be() { [[ ${!1} =~ ^($2)$ ]] || fail "$settings: $1='${!1}' is not right: it must be $3"; }
+quoted() { printf '%q ' "$@"; }
+# tpus WORD...: `gcloud compute tpus WORD...` for this project and zone; or only print it.
+tpus() {
+    local command=(gcloud compute tpus "$@" --zone="$ZONE" --project="$PROJECT" --quiet)
+    if $dry_run; then quoted "${command[@]}" && echo; else "${command[@]}"; fi
+}
+
+# ask RESOURCE NAME FIELD: its value; "none" without the resource, "unknown" without an answer.
+ask() {
+    local answer
+    if answer=$(tpus "$1" describe "$2" --format="value($3)" --verbosity=error 2>&1 </dev/null); then
+        echo "$answer"
+    elif [[ $answer == *NOT_FOUND* ]]; then echo none; else echo unknown; fi
+}
+# pod_state: none, waiting, ready, lost or unknown; then what the cloud says of resource and nodes.
+pod_state() {
+    local said=() node state=waiting
+    [[ $KIND == vm ]] || said=("$(ask queued-resources "$NAME" state.state)")
+    for node in "${nodes[@]}"; do said+=("$(ask tpu-vm "$node" state)"); done
+    case " ${said[*]} " in
+        *" unknown "*) state=unknown ;;
+        " none "*) state=none ;;
+        *" PREEMPTED "* | *" TERMINATED "* | *" SUSPENDED "* | *" FAILED "*) state=lost ;;
+    esac
+    [[ ! " ${said[*]}" =~ ^(\ READY|\ ACTIVE)+$ ]] || state=ready
+    echo "$state ${said[*]}"
+}
+
+# on_host NODE WORKER COMMAND: over ssh, without gcloud's remarks about its progress.
+on_host() {
+    tpus tpu-vm ssh "$1" --worker="$2" --command="$3" \
+        2> >(grep --line-buffered -vE '^(SSH: Attempting|Using ssh batch size)' >&2)
+}
+wait_for() { local job status=0 && for job; do wait "$job" || status=$?; done && return "$status"; }
+
+# on_hosts WORKER COMMAND...: infra/host.sh there, on a worker of each node or on `all`, all at once.
+on_hosts() {
+    local node jobs=()
+    for node in "${nodes[@]}"; do
+        on_host "$node" "$1" "bash rae_xla/infra/host.sh $(quoted "$node" "${@:2}")" </dev/null &
+        jobs+=($!)
+    done
+    wait_for "${jobs[@]}"
+}
+
+# send FILE COMMAND: on every host (of NODE), to read FILE; 8 at a time. (Of `all`, one would get it.)
+send() {
+    local node worker count=1 jobs=()
+    for node in "${nodes[@]}"; do
+        $dry_run || count=$(ask tpu-vm "$node" "networkEndpoints.len()")
+        [[ $count =~ ^[1-9][0-9]*$ ]] || fail "$node: cannot tell how many hosts it has ($count)"
+        for ((worker = 0; worker < count; worker++)); do
+            on_host "$node" "$worker" "${2//NODE/$node}" <"$1" & # a status is kept until it is asked for
+            jobs+=($!) && { ((${#jobs[@]} % 8)) || wait "${jobs[@]: -8}" || true; }
+        done
+    done
+    wait_for "${jobs[@]}"
+}

@@ -1,0 +1,626 @@
+"""The scripts of infra/ against a cloud in a folder, which runs its hosts for real (fake_cloud)."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from test_docs import check, shell_blocks
+
+from infra import fake_cloud
+
+pytestmark = pytest.mark.unhurried
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = sorted((ROOT / "infra").glob("*.sh"))
+VERBS = [path.stem for path in SCRIPTS if path.stem not in {"lib_pod", "host"}]
+HERE = ["--zone=us-east5-b", "--project=my-project", "--quiet"]
+SECRET = "s3cret-0123456789"
+
+SETTINGS = f"""
+NAME=rae PROJECT=my-project ZONE=us-east5-b ACCELERATOR=v6e-8 BUCKET=my-bucket
+WANDB_API_KEY={SECRET}
+"""
+
+# What a host gets in the place of an environment: a rae-xla that does, on its n-th start, what line
+# n of `plays` says: "train" until it is told to stop, "deaf" until it is killed, "exit STATUS",
+# "crash" before its first step.
+INSTALL = r"""
+mkdir -p .venv/bin
+echo 'PATH=$HOME/rae_xla/.venv/bin:$PATH' >.venv/bin/activate
+cat >.venv/bin/rae-xla <<'END'
+#!/bin/bash
+if [[ $1 == doctor ]]; then echo "doctor $*"; [[ ! -e $FAKE_CLOUD/ill ]]; exit; fi
+starts=$FAKE_CLOUD/starts-$(hostname)
+echo "$* key=${#WANDB_API_KEY} bucket=$BUCKET" >>"$starts"
+number=$(wc -l <"$starts")
+play=$(sed -n "${number}p" "$FAKE_CLOUD/plays")
+echo "play: ${play:=exit 0}"
+if [[ $(hostname) == *-w-0 && $play != crash ]]; then
+    mkdir -p results/run
+    echo "{\"step\": ${number}00, \"train/loss\": 1.0}" >>results/run/metrics.jsonl
+fi
+case $play in
+    train) trap 'echo saved; exit 75' TERM; while :; do /bin/sleep 0.02; done ;;
+    deaf) trap '' TERM; while :; do /bin/sleep 0.02; done ;;
+    exit*) exit "${play#exit }" ;;
+    crash) exit 1 ;;
+esac
+END
+chmod +x .venv/bin/rae-xla
+echo "installed $*"
+"""
+
+
+class Laptop:
+    """A clone of a small project with our infra/, and a PATH with the cloud's programs."""
+
+    def __init__(self, folder: Path) -> None:
+        self.repo, self.cloud, self.bin = folder / "a clone", folder / "cloud", folder / "bin"
+        self.cloud.mkdir()
+        fake_cloud.install(self.bin)
+        (self.repo / "infra").mkdir(parents=True)
+        for path in SCRIPTS:
+            shutil.copy(path, self.repo / "infra")
+        (self.repo / "install_spmd.sh").write_text(INSTALL)
+        (self.repo / "setup_gcs_mount.sh").write_text('echo "mounted $*"\n')
+        (self.repo / ".gitignore").write_text("results/\ninfra/pod.env\n")
+        self.git("init", "--quiet")
+        self.commit("first")
+        self.settings()
+
+    def git(self, *words: str) -> str:
+        who = ["-c", "user.name=me", "-c", "user.email=me@example.org"]
+        command = ["git", "-C", self.repo, *who, *words]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    def commit(self, message: str) -> str:
+        self.git("add", "--all")
+        self.git("commit", "--quiet", "--message", message)
+        return self.git("rev-parse", "HEAD")
+
+    def settings(self, **more: object) -> None:
+        lines = [f"{name}={value}" for name, value in more.items()]
+        (self.repo / "infra/pod.env").write_text("\n".join([SETTINGS, *lines, ""]))
+
+    def plays(self, *lines: str) -> None:
+        (self.cloud / "plays").write_text("\n".join([*lines, ""]))
+
+    def command(self, verb: str, *words: str) -> dict:
+        return {
+            "args": ["bash", self.repo / f"infra/{verb}.sh", *words],
+            "cwd": self.cloud.parent,
+            "env": {
+                "PATH": f"{self.bin}:{os.environ['PATH']}",
+                "HOME": str(self.cloud.parent),
+                "FAKE_CLOUD": str(self.cloud),
+            },
+            "text": True,
+        }
+
+    def run(self, verb: str, *words: str, answer: str = "") -> subprocess.CompletedProcess[str]:
+        """A script of infra/; `.calls` are those of the programs meanwhile."""
+        before = len(self.all_calls())
+        done = subprocess.run(
+            **self.command(verb, *words), input=answer, capture_output=True, timeout=60
+        )
+        self.calls = self.all_calls()[before:]
+        return done
+
+    def do(self, verb: str, *words: str) -> str:
+        """A script that must succeed; its output."""
+        done = self.run(verb, *words)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def all_calls(self) -> list[list[str]]:
+        return fake_cloud.calls(self.cloud)
+
+    def gcloud(self) -> list[list[str]]:
+        """What gcloud was asked to do for the last script, without questions of state."""
+        tpus = [call[3:] for call in self.calls if call[:3] == ["gcloud", "compute", "tpus"]]
+        return [words for words in tpus if words[1] != "describe"]
+
+    def home(self, worker: int, node: str = "rae") -> Path:
+        return self.cloud / f"hosts/{node}-w-{worker}"
+
+    def states(self) -> list[str]:
+        """Run and status of each host, as infra/status.sh shows them."""
+        lines = self.do("status").splitlines()
+        return [" ".join(line.split()[1:3]) for line in lines if re.match(r"rae[-\d]*/", line)]
+
+    def wait_for(self, *states: str) -> None:
+        until = time.monotonic() + 20
+        while self.states() != list(states):
+            assert time.monotonic() < until, self.states()
+
+    def up(self) -> None:
+        self.do("create")
+        self.do("setup")
+
+
+@pytest.fixture
+def laptop(tmp_path):
+    machine = Laptop(tmp_path)
+    yield machine
+    for home in (machine.cloud / "hosts").glob("*"):
+        fake_cloud.end_processes(home)
+
+
+def readable_by_others(path: Path) -> bool:
+    return bool(path.stat().st_mode & 0o077)
+
+
+def error_of(done: subprocess.CompletedProcess[str]) -> str:
+    assert done.returncode == 2, done.stdout + done.stderr
+    return next(line for line in done.stderr.splitlines() if line.startswith("pod: error: "))
+
+
+# ----------------------------------------------------------------------------- create
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({}, ["tpu-vm", "create", "rae", "--version=v2-alpha-tpuv6e"]),
+        ({"CAPACITY": "spot"}, ["tpu-vm", "create", "rae", "--version=v2-alpha-tpuv6e", "--spot"]),
+        (
+            {"KIND": "queued", "CAPACITY": "reserved", "CREATE_OPTIONS": '("--labels=a=b c")'},
+            ["queued-resources", "create", "rae", "--node-id=rae",
+             "--runtime-version=v2-alpha-tpuv6e", "--reserved", "--labels=a=b c"],
+        ),
+        (
+            {"KIND": "queued", "SLICES": 2, "CAPACITY": "spot"},
+            ["queued-resources", "create", "rae", "--node-count=2", "--node-prefix=rae",
+             "--runtime-version=v2-alpha-tpuv6e", "--spot"],
+        ),
+    ],
+    ids=["vm", "spot", "queued", "slices"],
+)  # fmt: skip
+def test_create(laptop, settings, words):
+    laptop.settings(**settings)
+    output = laptop.do("create")
+    [call] = laptop.gcloud()
+    assert sorted(call) == sorted([*words, "--accelerator-type=v6e-8", *HERE])
+    assert output.splitlines()[-1].startswith("pod: rae: ready ")
+    if settings.get("KIND") == "queued":
+        assert "pod: rae: waiting WAITING_FOR_RESOURCES" in output
+    again = laptop.do("create")
+    assert "rae is there already: ready" in again
+    assert laptop.gcloud() == []
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "version"),
+    [("v4-8", "tpu-ubuntu2204-base"), ("v5litepod-16", "v2-alpha-tpuv5-lite"),
+     ("v5p-32", "v2-alpha-tpuv5"), ("v6e-16", "v2-alpha-tpuv6e")],
+)  # fmt: skip
+def test_software_versions(laptop, accelerator, version):
+    laptop.settings(ACCELERATOR=accelerator)
+    assert f"--version={version} " in laptop.do("create", "--dry-run")
+
+
+def test_an_accelerator_of_the_future_needs_its_version(laptop):
+    laptop.settings(ACCELERATOR="v9x-8")
+    assert "RUNTIME_VERSION" in error_of(laptop.run("create"))
+    laptop.settings(ACCELERATOR="v9x-8", RUNTIME_VERSION="v3-alpha")
+    assert "--version=v3-alpha " in laptop.do("create", "--dry-run")
+
+
+def test_no_capacity(laptop):
+    (laptop.cloud / "refusals").write_text("RESOURCE_EXHAUSTED: no more capacity in the zone\n")
+    done = laptop.run("create")
+    assert "the cloud would not" in error_of(done)
+    assert "no more capacity in the zone" in done.stderr
+
+
+# ----------------------------------------------------------------------------- settings
+
+
+REFUSED = {
+    "NAME": ["'my pod'", "'a;rm -rf ~'", "'$(id)'", "Pod", "''"],
+    "PROJECT": ["'a b'"],
+    "ZONE": ["'us-east5-b;id'"],
+    "BUCKET": ["gs://my-bucket", "'a;b'"],
+    "KIND": ["gpu"],
+    "CAPACITY": ["cheap"],
+    "SLICES": ["many"],
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_settings_that_are_refused(laptop, name):
+    for value in REFUSED[name]:
+        laptop.settings(**{name: value})
+        shown = value.strip("'")
+        error = error_of(laptop.run("delete", "--yes"))
+        assert f"{name}='{shown}' is not right: it must be " in error
+    assert laptop.all_calls() == []
+
+
+def test_more_settings_that_are_refused(laptop):
+    laptop.settings(ACCELERATOR="'v6e-8 --spot'")
+    assert "ACCELERATOR" in error_of(laptop.run("create"))
+    laptop.settings(SLICES=2)
+    assert "SLICES=2 needs KIND=queued" in error_of(laptop.run("create"))
+    laptop.settings(MOUNT_POINT="'/mnt/a b'")
+    assert "MOUNT_POINT" in error_of(laptop.run("setup"))
+    laptop.settings(PASS_ENV="'A;id'")
+    assert "PASS_ENV" in error_of(laptop.run("launch", "true"))
+    (laptop.repo / "infra/pod.env").unlink()
+    assert "copy infra/pod.env.example" in error_of(laptop.run("status"))
+    assert laptop.all_calls() == []
+
+
+def test_another_pod_has_a_file_of_its_own(laptop):
+    other = laptop.repo / "infra/my other.env"
+    other.write_text(SETTINGS.replace("rae", "other"))
+    laptop.do("create", f"--env={other}")
+    assert laptop.gcloud()[0][2] == "other"
+
+
+def test_the_example_of_settings_is_one(laptop):
+    (laptop.repo / "infra/pod.env").write_text((ROOT / "infra/pod.env.example").read_text())
+    assert "gcloud compute tpus tpu-vm create rae " in laptop.do("create", "--dry-run")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_and_unknown_options(laptop, verb):
+    done = laptop.run(verb, "--help")
+    assert done.returncode == 0
+    assert done.stdout.startswith(f"usage: bash infra/{verb}.sh [")
+    done = laptop.run(verb, "--no-such-option")
+    assert "unknown option: --no-such-option" in error_of(done)
+    assert laptop.calls == []
+
+
+DRY = {"launch": ["echo", "a b"], "watch": ["echo", "a b"]}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_dry_run_only_prints(laptop, verb):
+    laptop.settings(MOUNT_POINT="/mnt/bucket")
+    output = laptop.do(verb, "--dry-run", *DRY.get(verb, []))
+    assert laptop.calls == []
+    lines = [shlex.split(line) for line in output.splitlines()]
+    assert lines
+    assert all(line[:3] == ["gcloud", "compute", "tpus"] for line in lines)
+    assert all(set(HERE) <= set(line) for line in lines)
+    assert SECRET not in output
+    assert not (laptop.repo / "results").exists()
+
+
+def test_the_commands_of_the_document(laptop, monkeypatch):
+    """Every script call in docs/tpu.md is understood, and the command that it is given, too."""
+    monkeypatch.chdir(ROOT)
+    text = shell_blocks((ROOT / "docs/tpu.md").read_text())
+    lines = [shlex.split(line) for line in text.splitlines() if line.startswith("bash infra/")]
+    assert {Path(line[1]).stem for line in lines} == set(VERBS)
+    for _, script, *words in lines:
+        output = laptop.do(Path(script).stem, "--dry-run", *words)
+        assert output.startswith("gcloud compute tpus ")
+        if "--" in words and "setup" not in script:
+            check(words[words.index("--") + 1 :])
+    assert laptop.calls == []
+
+
+def test_the_scripts_are_short():
+    assert {path.name: n for path in SCRIPTS if (n := path.read_text().count("\n")) >= 100} == {}
+
+
+# ----------------------------------------------------------------------------- setup
+
+
+def test_setup(laptop):
+    laptop.settings(MOUNT_POINT="/mnt/bucket")
+    laptop.do("create")
+    output = laptop.do("setup", "--", "--config", "my run.yaml")
+    commit = laptop.git("rev-parse", "HEAD")
+    ssh = [call for call in laptop.gcloud() if call[1] == "ssh"]
+    unpack = (
+        "--command=umask 077 && cat >rae_xla.tar.gz && gzip -t rae_xla.tar.gz && "
+        "tar -xzOf rae_xla.tar.gz infra/host.sh | "
+        f"bash -s rae unpack ~/rae_xla.tar.gz {commit}"
+    )
+    host = "--command=bash rae_xla/infra/host.sh rae "
+    assert ssh[0] == ["tpu-vm", "ssh", "rae", "--worker=0", "--command=true", *HERE]
+    assert sorted(ssh[1:3]) == [
+        ["tpu-vm", "ssh", "rae", f"--worker={i}", unpack, *HERE] for i in range(2)
+    ]
+    assert ssh[3:] == [
+        ["tpu-vm", "ssh", "rae", "--worker=all", f"{host}install my-bucket /mnt/bucket ", *HERE],
+        ["tpu-vm", "ssh", "rae", "--worker=all", f"{host}doctor --config my\\ run.yaml ", *HERE],
+    ]
+    assert laptop.calls.count(["gcloud", "storage", "ls", "gs://my-bucket"]) == 2
+    for worker in range(2):
+        for line in ("installed --accelerator tpu", "mounted gs://my-bucket /mnt/bucket",
+                     "doctor doctor --config my run.yaml"):  # fmt: skip
+            assert f"rae/{worker}: {line}\n" in output
+        assert (laptop.home(worker) / "rae_xla/.commit").read_text().strip() == commit
+        assert not readable_by_others(laptop.home(worker) / "rae_xla.tar.gz")
+
+
+def test_setup_again_brings_the_new_code_and_takes_the_old_away(laptop):
+    (laptop.repo / "old file.py").touch()
+    laptop.commit("old")
+    laptop.up()
+    code = laptop.home(0) / "rae_xla"
+    (code / "results/mine").mkdir(parents=True)
+    assert (code / "old file.py").exists()
+    assert "the code is there" in laptop.do("setup")
+    (laptop.repo / "old file.py").unlink()
+    (laptop.repo / "new.py").touch()
+    first = laptop.git("rev-parse", "HEAD")
+    laptop.commit("new")
+    (laptop.repo / "not committed.py").touch()
+    assert "note: what is not committed does not go along" in laptop.do("setup", "--no-doctor")
+    assert [path.name for path in sorted(code.glob("*.py"))] == ["new.py"]
+    assert (code / "results/mine").is_dir()
+    laptop.do("setup", f"--commit={first}")
+    assert [path.name for path in sorted(code.glob("*.py"))] == ["old file.py"]
+    assert "there is no commit v9" in error_of(laptop.run("setup", "--commit=v9"))
+
+
+def test_a_setup_that_fails(laptop):
+    assert "rae is not ready but 'none none'" in error_of(laptop.run("setup"))
+    laptop.do("create")
+    (laptop.cloud / "no-bucket").touch()
+    done = laptop.run("setup")
+    assert "not every host could be set up" in error_of(done)
+    assert "rae/1: error: gs://my-bucket cannot be listed from here" in done.stderr
+    (laptop.cloud / "no-bucket").unlink()
+    (laptop.cloud / "ill").touch()
+    assert "the doctor found something to fix" in error_of(laptop.run("setup"))
+
+
+# ----------------------------------------------------------------------------- a run by hand
+
+
+def test_a_run_by_hand(laptop):
+    """Launch, status, logs, stop, delete; the secret is on no command line and in no log."""
+    laptop.plays("train", "train")
+    laptop.up()
+    assert laptop.states() == ["idle -"] * 2
+    run = ["rae-xla", "train", "stage2", "data.train=my shards;touch oops", "x=$(id)"]
+    laptop.do("launch", *run)
+    start = "--command=bash rae_xla/infra/host.sh rae start"
+    assert sorted(laptop.gcloud()) == [
+        ["tpu-vm", "ssh", "rae", f"--worker={i}", start, *HERE] for i in range(2)
+    ]
+    tmux = [call for call in laptop.calls if call[:2] == ["tmux", "new-session"]]
+    assert tmux == [["tmux", "new-session", "-d", "-s", "rae_xla",
+                     "bash infra/host.sh rae run"]] * 2  # fmt: skip
+    laptop.wait_for("running -", "running -")
+    said = [path.read_text() for path in laptop.cloud.glob("starts-*")]
+    assert said == [f"{' '.join(run[1:])} key={len(SECRET)} bucket=my-bucket\n"] * 2
+    status = laptop.do("status")
+    assert re.search(r"^rae/0 +running +- +100 +\d+ s ago$", status, re.M), status
+
+    # once more: nothing new; something else: refused
+    laptop.do("launch", *run)
+    assert "another run goes on here" in laptop.run("launch", "rae-xla", "other").stderr
+    laptop.git("commit", "--allow-empty", "--quiet", "--message", "other")
+    assert "a run goes on here with other code" in laptop.run("setup").stderr
+    assert [path.read_text().count("\n") for path in laptop.cloud.glob("starts-*")] == [1, 1]
+
+    assert "rae/0: play: train" in laptop.do("logs", "--no-follow")
+    assert "rae/1" not in laptop.do("logs", "--no-follow")
+    assert "rae/1: play: train" in laptop.do("logs", "--all", "--lines=5", "--no-follow")
+    assert laptop.gcloud()[0][4] == "--command=bash rae_xla/infra/host.sh rae log 5 '' "
+
+    stopped = laptop.do("stop")
+    first, second = sorted(stopped.splitlines()[1:])
+    assert re.fullmatch(r"rae/0: stopped 75 100 \d+", first)
+    assert second == "rae/1: stopped 75 - -"
+    assert "stopped" in laptop.do("stop"), "again: nothing more happens"
+    laptop.do("launch", *run)
+    laptop.wait_for("running -", "running -")
+    laptop.do("stop", "--wait=5")
+
+    done = laptop.run("delete", answer="no\n")
+    assert "not deleted" in error_of(done)
+    done = laptop.run("delete", answer="rae\n")
+    assert laptop.gcloud() == [["tpu-vm", "delete", "rae", *HERE]]
+    assert "there is no rae" in laptop.do("delete", "--yes")
+
+    assert SECRET not in (laptop.cloud / "calls").read_text()
+    assert not any("oops" in path.name for path in laptop.cloud.rglob("*"))
+
+
+def test_a_secret_lies_in_one_file_of_its_user(laptop):
+    laptop.plays("train")
+    laptop.up()
+    laptop.do("launch", "rae-xla", "train")
+    files = [path for path in laptop.home(0).rglob("*") if path.is_file()]
+    [holder] = [path for path in files if SECRET in path.read_text(errors="replace")]
+    assert holder.name == "command"
+    assert not readable_by_others(holder)
+    assert not readable_by_others(holder.parent)
+
+
+def test_what_does_not_stop_is_killed(laptop):
+    laptop.plays("deaf")
+    laptop.up()
+    laptop.do("launch", "bash", "-c", "rae-xla train; exit $?")
+    laptop.wait_for("running -", "running -")
+    output = laptop.do("stop", "--wait=2")
+    assert "rae/1: not ended after 2 s: killed" in output
+    assert "rae/1: stopped 137 - -" in output
+
+
+def test_a_script_is_asked_to_stop_through_the_program_it_runs(laptop):
+    """SIGTERM for the script itself would end it, and leave the training behind."""
+    laptop.plays("train")
+    laptop.up()
+    laptop.do("launch", "bash", "-c", "rae-xla train; exit $?")
+    laptop.wait_for("running -", "running -")
+    assert "rae/0: stopped 75 100 " in laptop.do("stop")
+    assert "saved" in laptop.do("logs", "--no-follow")
+
+
+def test_hosts_that_are_not_set_up(laptop):
+    laptop.do("create")
+    assert "not started on every host" in error_of(laptop.run("launch", "true"))
+
+
+def test_a_machine_that_started_anew(laptop):
+    laptop.plays("train", "train")
+    laptop.up()
+    laptop.do("launch", "rae-xla")
+    laptop.wait_for("running -", "running -")
+    fake_cloud.end_processes(laptop.home(1))
+    laptop.wait_for("running -", "died -")
+    laptop.do("launch", "rae-xla")
+    laptop.wait_for("running -", "running -")
+    starts = [(laptop.cloud / f"starts-rae-w-{i}").read_text().count("\n") for i in range(2)]
+    assert starts == [1, 2]
+
+
+@pytest.mark.slow
+def test_several_slices(laptop):
+    laptop.settings(KIND="queued", SLICES=2, CAPACITY="spot")
+    laptop.plays("train")
+    laptop.up()
+    laptop.do("launch", "rae-xla", "train")
+    assert sorted(call[2:4] for call in laptop.gcloud()) == [
+        [f"rae-{i}", f"--worker={j}"] for i in range(2) for j in range(2)
+    ]
+    laptop.wait_for(*["running -"] * 4)
+    assert "rae-1/0 " in laptop.do("status")
+    laptop.do("stop")
+    laptop.do("delete", "--yes")
+    assert laptop.gcloud() == [["queued-resources", "delete", "rae", "--force", *HERE]]
+    assert "pod: rae (2 x v6e-8, spot, us-east5-b): none" in laptop.do("status")
+
+
+def test_a_cloud_that_is_silent_is_not_taken_for_an_empty_one(laptop):
+    laptop.up()
+    (laptop.cloud / "silent").touch()
+    assert "no answer" in error_of(laptop.run("create"))
+    assert "nothing was deleted" in error_of(laptop.run("delete", "--yes"))
+    assert "unknown" in laptop.do("status")
+
+
+# ----------------------------------------------------------------------------- watch
+
+
+def journal(laptop) -> list[str]:
+    path = laptop.repo / "results/pods/rae.journal"
+    return [line.partition(" ")[2] for line in path.read_text().splitlines()]
+
+
+RUN = ["rae-xla", "train", "checkpoint.dir=gs://my-bucket/my run"]
+
+
+@pytest.mark.parametrize("kind", ["vm", pytest.param("queued", marks=pytest.mark.slow)])
+def test_watch_through_a_preemption(laptop, kind):
+    """Created, preempted, created again, relaunched, complete, deleted."""
+    laptop.settings(CAPACITY="spot", KIND=kind)
+    laptop.plays("train", "exit 0")
+    looks = 7 if kind == "vm" else 12
+    (laptop.cloud / "events").write_text("look\n" * looks + "preempt\n")
+    (laptop.cloud / "refusals").write_text("RESOURCE_EXHAUSTED\n")
+    laptop.do("watch", "--delete", *RUN)
+    did = [call[1] for call in laptop.gcloud() if call[1] != "ssh"]
+    assert did == ["create", "create", "delete", "create", "delete"]
+    lines = journal(laptop)
+    assert lines[0] == f"watching rae, code {laptop.git('rev-parse', 'HEAD')[:12]}"
+    assert "not created: again in 30 s" in lines
+    assert sum(line.startswith("launched: rae-xla train ") for line in lines) == 2
+    assert any(line.startswith("pod: lost ") for line in lines)
+    assert lines[-1] == "complete, at step 200"
+    for worker in range(2):
+        starts = (laptop.cloud / f"starts-rae-w-{worker}").read_text().splitlines()
+        assert starts == [f"{' '.join(RUN[1:])} key={len(SECRET)} bucket=my-bucket"] * 2
+    assert SECRET not in (laptop.cloud / "calls").read_text() + "".join(lines)
+    assert ["sleep", "60"] in laptop.calls
+
+
+@pytest.mark.slow
+def test_watch_goes_on_after_75_and_76_with_the_code_it_began_with(laptop):
+    laptop.plays("exit 75", "exit 76", "exit 1", "exit 0")
+    laptop.do("watch", *RUN)
+    lines = journal(laptop)
+    assert [line for line in lines if "again in" in line] == [
+        "the run failed (1): again in 30 s",
+        "the run failed (1): again in 60 s",
+    ]  # there was a step between
+    assert lines[-1] == "complete, at step 400"
+    assert laptop.states() == ["ended 0"] * 2, "the pod stays"
+    assert laptop.do("watch", *RUN).splitlines()[-1].endswith("complete, at step 400")
+
+
+def test_watch_does_not_repeat_what_cannot_work(laptop):
+    laptop.plays("exit 2")
+    done = laptop.run("watch", *RUN)
+    assert done.returncode == 2
+    assert "the run cannot work as it is" in journal(laptop)[-1]
+    assert (laptop.cloud / "starts-rae-w-0").read_text().count("\n") == 1
+
+
+@pytest.mark.slow
+def test_watch_gives_up_after_five_failures_without_a_step(laptop):
+    laptop.plays(*["crash"] * 9)
+    done = laptop.run("watch", *RUN)
+    assert done.returncode == 1
+    assert [line for line in journal(laptop) if "again in" in line] == [
+        f"the run failed ({n}): again in {30 * 2 ** (n - 1)} s" for n in range(1, 5)
+    ]
+    assert journal(laptop)[-1].startswith("failed five times at step 0")
+    assert (laptop.cloud / "starts-rae-w-0").read_text().count("\n") == 5
+
+
+@pytest.mark.slow
+def test_watch_ends_hosts_that_hang_when_one_has_failed(laptop):
+    (laptop.cloud / "starts-rae-w-1").write_text("\n\n")  # this host begins with line 3
+    laptop.plays("deaf", "exit 0", "exit 1", "exit 0")
+    laptop.do("watch", *RUN)
+    lines = journal(laptop)
+    assert "the others do not end: killed" in lines
+    assert lines[-1].startswith("complete")
+
+
+def test_watch_respects_a_stop_and_a_second_one_a_first(laptop):
+    laptop.plays("train")
+    watch = subprocess.Popen(**laptop.command("watch", *RUN), stdout=subprocess.PIPE)
+    try:
+        for line in watch.stdout:
+            if "2 run," in line:
+                break
+        assert "another watch.sh looks after rae" in error_of(laptop.run("watch", *RUN))
+        laptop.do("stop")
+        watch.communicate(timeout=20)
+        assert watch.returncode == 75
+    finally:
+        watch.kill()
+    assert journal(laptop)[-1] == "stopped at step 100, by infra/stop.sh"
+
+
+def test_watch_touches_nothing_while_the_pod_is_out_of_reach(laptop):
+    laptop.plays("train")
+    laptop.up()
+    laptop.do("launch", *RUN)
+    laptop.wait_for("running -", "running -")
+    watch = subprocess.Popen(**laptop.command("watch", *RUN), stdout=subprocess.PIPE)
+    try:
+        lines = iter(watch.stdout)
+        next(line for line in lines if "2 of 2 answer" in line)
+        (laptop.cloud / "unreachable").write_text("rae-w-1")
+        next(line for line in lines if "1 of 2 answer" in line)
+        (laptop.cloud / "silent").touch()
+        next(line for line in lines if "pod: unknown" in line)
+        (laptop.cloud / "silent").unlink()
+        (laptop.cloud / "unreachable").unlink()
+        next(line for line in lines if "2 of 2 answer" in line)
+    finally:
+        watch.kill()
+        watch.wait()
+    verbs = {call[4] for call in laptop.all_calls() if call[:3] == ["gcloud", "compute", "tpus"]}
+    assert verbs == {"create", "describe", "ssh"}
+    assert (laptop.cloud / "starts-rae-w-0").read_text().count("\n") == 1

@@ -1,0 +1,66 @@
+"""A tiny autoencoder and two tiny transformers with random weights, as files, to sample from."""
+
+from pathlib import Path
+
+import torch
+import yaml
+from golden_case import GOLDEN
+
+from rae_xla.config import load_config
+from rae_xla.registry import instantiate
+
+CLASSES = 4
+
+
+def make_world(folder: Path) -> Path:
+    """Write weights and ``run.yaml``, which is returned: pictures of 32x32, 4x4 latents, 5 times,
+    and a guide of another architecture than the model.
+    """
+    encoder = str(GOLDEN / "rae/dinov2/encoder")
+    autoencoder = {
+        "encoder_cls": "Dinov2withNorm",
+        "encoder_config_path": encoder,
+        "encoder_input_size": 56,
+        "encoder_params": {"dinov2_path": encoder, "normalize": True},
+        "decoder_config_path": str(GOLDEN / "rae/dinov2/decoder_config"),
+        "decoder_patch_size": 8,
+        "pretrained_decoder_path": str(GOLDEN / "rae/dinov2/decoder.pt"),
+        "normalization_stat_path": str(GOLDEN / "rae/dinov2/stat.pt"),
+        "noise_tau": 0.0,
+    }
+    shared = {"input_size": 4, "patch_size": 1, "in_channels": 32, "num_classes": CLASSES}
+    model = {
+        "target": "DiTDH",
+        "params": shared | {"hidden_size": [16, 24], "depth": [1, 1], "num_heads": [2, 2]},
+        "ckpt": str(folder / "model.pt"),
+    }
+    guide = {
+        "target": "LightningDiT",
+        "params": shared | {"hidden_size": 8, "depth": 1, "num_heads": 2},
+        "ckpt": str(folder / "guide.pt"),
+    }
+    config = {
+        "stage_1": {"target": "RAE", "params": autoencoder},
+        "stage_2": model,
+        "guidance": {"guidance_model": guide},
+        "sampler": {"params": {"num_steps": 5}},
+        "misc": {"time_dist_shift_base": 512 / 2.25},  # a shift of 1.5
+        "runtime": {"backend": "torch"},
+    }
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(config))
+    loaded = load_config(str(path))
+    for number, spec in enumerate((loaded.stage_2, loaded.guidance.guidance_model)):
+        with torch.no_grad():
+            _write_weights(spec, seed=number)
+    return path
+
+
+def _write_weights(spec, seed: int) -> None:
+    """Not as they are initialised, with zeros that make every picture alike."""
+    network = instantiate({"target": spec.target, "params": dict(spec.params)})
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in network.parameters():
+        if parameter.dim() > 1:
+            parameter.normal_(std=0.1, generator=generator)
+    torch.save(network.state_dict(), spec.ckpt)
