@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -23,10 +20,11 @@ from rae_xla.models.layers import (
     init_weights,
     xavier_linear,
 )
+from rae_xla.models.pretrained import PretrainedTransformer
 from rae_xla.models.weights import constructor_arguments
 
 
-class LightningDiT(nn.Module):
+class LightningDiT(PretrainedTransformer):
     """Velocity network of one stack of adaLN-Zero blocks, each called as ``block(x, c, rope)``.
 
     State-dict names are the published ones. The defaults are the XL size.
@@ -112,35 +110,6 @@ class LightningDiT(nn.Module):
     def reset_parameters(self) -> None:
         """Compute the position table."""
         self.pos_embed.copy_(sincos_positions(self.pos_embed.shape[-1], self.x_embedder.grid_size))
-
-    @classmethod
-    def from_pretrained(cls, name: str | Path, **options: Any) -> LightningDiT:
-        """Load a folder that ``save_pretrained`` wrote, a checkpoint, or a published model.
-
-        Args:
-            name: a folder, a file, a hub id, or a published name such as ``ditdh-xl-256``.
-            **options: see ``rae_xla.interop.pretrained.load_dit``.
-
-        Raises:
-            UserError: there is nothing of the kind, or it belongs to another autoencoder.
-        """
-        from rae_xla.interop.pretrained import load_dit
-
-        return load_dit(cls, name, **options)
-
-    def save_pretrained(self, folder: str | Path, rae: nn.Module | None = None) -> None:
-        """Write a folder for ``from_pretrained``: config.json, model.safetensors, manifest.json.
-
-        Args:
-            folder: where to; it must not be there yet.
-            rae: the autoencoder it was trained with, which the manifest then ties it to.
-
-        Raises:
-            UserError: it is there already, or cannot be written.
-        """
-        from rae_xla.interop.pretrained import save_dit
-
-        save_dit(self, folder, rae)
 
     def init_weights(self) -> None:
         """Draw all parameters and compute all tables anew, as after ``to_empty``."""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +22,11 @@ from rae_xla.models.layers import (
     channels_per_head,
     init_weights,
 )
+from rae_xla.models.pretrained import PretrainedTransformer
 from rae_xla.models.weights import constructor_arguments
 
 
-class DiTDH(nn.Module):
+class DiTDH(PretrainedTransformer):
     """Velocity network whose deep encoder conditions a shallow, wide head token by token.
 
     Published as ``DiTwDDTHead``; state-dict names are the published ones. ``blocks`` holds the
@@ -133,35 +132,6 @@ class DiTDH(nn.Module):
         if self.pos_embed is not None:
             table = sincos_positions(self.pos_embed.shape[-1], self.s_embedder.grid_size)
             self.pos_embed.copy_(table)
-
-    @classmethod
-    def from_pretrained(cls, name: str | Path, **options: Any) -> DiTDH:
-        """Load a folder that ``save_pretrained`` wrote, a checkpoint, or a published model.
-
-        Args:
-            name: a folder, a file, a hub id, or a published name such as ``ditdh-xl-256``.
-            **options: see ``rae_xla.interop.pretrained.load_dit``.
-
-        Raises:
-            UserError: there is nothing of the kind, or it belongs to another autoencoder.
-        """
-        from rae_xla.interop.pretrained import load_dit
-
-        return load_dit(cls, name, **options)
-
-    def save_pretrained(self, folder: str | Path, rae: nn.Module | None = None) -> None:
-        """Write a folder for ``from_pretrained``: config.json, model.safetensors, manifest.json.
-
-        Args:
-            folder: where to; it must not be there yet.
-            rae: the autoencoder it was trained with, which the manifest then ties it to.
-
-        Raises:
-            UserError: it is there already, or cannot be written.
-        """
-        from rae_xla.interop.pretrained import save_dit
-
-        save_dit(self, folder, rae)
 
     def init_weights(self) -> None:
         """Draw all parameters and compute all tables anew, as after ``to_empty``."""
