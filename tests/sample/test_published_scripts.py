@@ -81,7 +81,8 @@ def test_sample_py(name, tmp_path):
     if row["sampler"]["params"]["sampling_method"] != "dopri5":  # which steps by the whole batch
         noise, labels = noise[:half], labels[:half]
     recorded = case.tensors.get(f"in.sde_noise.{name}")
-    # the one adaptive run is met to 0.06 only (its rtol is 1e-3); why not closer is not known
+    # of the one adaptive run (rtol 1e-3) the recorded end is 0.043 off what 200 steps of rk4 give, and
+    # ours 0.045: other steps, the same accuracy
     adaptive = row["sampler"]["params"]["sampling_method"] == "dopri5"
     with torch.no_grad():
         latents = sampler.denoise(
