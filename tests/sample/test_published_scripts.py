@@ -81,7 +81,7 @@ def test_sample_py(name, tmp_path):
     if row["sampler"]["params"]["sampling_method"] != "dopri5":  # which steps by the whole batch
         noise, labels = noise[:half], labels[:half]
     recorded = case.tensors.get(f"in.sde_noise.{name}")
-    # of the one adaptive run (rtol 1e-3) the recorded end is 0.043 off what 200 steps of rk4 give, and
+    # of the one adaptive run (rtol 1e-3) the recorded end is 0.043 off what 200 steps of rk4 give,
     # ours 0.045: other steps, the same accuracy
     adaptive = row["sampler"]["params"]["sampling_method"] == "dopri5"
     with torch.no_grad():
