@@ -56,6 +56,8 @@ class Opened:
         dit: class name and arguments of a diffusion transformer.
         manifest: what belongs together, as far as it is known.
         notes: what the user should know about it.
+        shift_base: of a diffusion transformer, its training's misc.time_dist_shift_base; None:
+            unknown.
     """
 
     part: str
@@ -65,6 +67,7 @@ class Opened:
     dit: tuple[str, Mapping[str, Any]] | None = None
     manifest: Manifest = field(default_factory=Manifest)
     notes: tuple[str, ...] = ()
+    shift_base: float | None = None
 
 
 def open_any(
@@ -159,7 +162,9 @@ def _from_folder(folder: Path, as_diffusers: bool, check: bool) -> Opened:
         if manifest is not None:
             check_parts(manifest, found.parts, folder)
             found = replace(found, made_with=manifest.made_with)
-        return Opened("stage2", f"a folder of a {kind}", state, None, (kind, settings), found)
+        base = values.get("time_dist_shift_base")
+        about = f"a folder of a {kind}"
+        return Opened("stage2", about, state, None, (kind, settings), found, shift_base=base)
     rae = put_together(read_rae(folder, as_diffusers=as_diffusers), str(folder))
     kind = "diffusers" if values.get("_class_name") == "AutoencoderRAE" else "ours"
     opened = _rae(rae, f"an autoencoder's folder, {kind}", str(folder))
@@ -170,27 +175,32 @@ def _from_folder(folder: Path, as_diffusers: bool, check: bool) -> Opened:
 
 def _from_weights(source: str | Path, part: str | None, weights: str, config: str | None) -> Opened:
     found = open_source(source, None if part in ("rae", "decoder", "stats") else part, weights)
-    stage_1, stage_2 = _run_of(found, config)
+    stage_1, stage_2, base = _run_of(found, config)
     name = found.where
     if found.part == "stage2":
         known = None if stage_2 is None else dit_settings(stage_2)
         kind, settings = known or infer_settings(found.state, name)
         build_dit(kind, settings, found.state, name)  # strict
         manifest, note = _tied(found.state, name, stage_1)
-        return Opened("stage2", found.about, found.state, None, (kind, settings), manifest, note)
+        dit = (kind, settings)
+        return Opened("stage2", found.about, found.state, None, dit, manifest, note, base)
     if found.part == "rae" and part != "decoder" and stage_1 is not None:
         return _rae(_rae_of_run(found.state, stage_1, name), found.about, name)
     manifest = manifest_of_state(found.state, name) if found.part == "rae" else Manifest()
     return Opened(found.part, found.about, found.state, manifest=manifest)
 
 
-def _run_of(found: Source, config: str | None) -> tuple[ModelSpec | None, ModelSpec | None]:
-    """The two models of a run: of the YAML that is given, else of the checkpoint itself."""
+def _run_of(
+    found: Source, config: str | None
+) -> tuple[ModelSpec | None, ModelSpec | None, float | None]:
+    """The two models of a run and the base of its time shift: of the YAML that is given, else of
+    the checkpoint itself.
+    """
     from rae_xla.config import ModelSpec, load_config
 
     if config is not None:
         given = load_config(config)
-        return given.stage_1, given.stage_2
+        return given.stage_1, given.stage_2, given.misc.time_dist_shift_base
     sections = [(found.config or {}).get(name) for name in ("stage_1", "stage_2")]
     specs = [
         ModelSpec(s["target"], dict(s.get("params") or {}), s.get("ckpt"))
@@ -198,7 +208,9 @@ def _run_of(found: Source, config: str | None) -> tuple[ModelSpec | None, ModelS
         else None
         for s in sections
     ]
-    return specs[0], specs[1]
+    misc = (found.config or {}).get("misc")
+    base = misc.get("time_dist_shift_base") if isinstance(misc, Mapping) else None
+    return specs[0], specs[1], base
 
 
 def _rae_of_run(state: Mapping[str, Tensor], spec: ModelSpec, where: str) -> RAE:
@@ -283,7 +295,7 @@ def write_as(
         with new_folder(out) as folder:
             if opened.part == "stage2" and opened.dit is not None:
                 kind, settings = opened.dit
-                write_config(folder, kind, dict(settings))
+                write_config(folder, kind, dict(settings), opened.shift_base)
                 write_safetensors(opened.state, folder / "model.safetensors")
             else:
                 kind = "RAE"

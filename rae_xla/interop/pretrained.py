@@ -232,9 +232,15 @@ def read_config(folder: Path) -> dict[str, Any]:
     return values
 
 
-def write_config(folder: Path, model: str, settings: Mapping[str, Any]) -> None:
-    """Write ``config.json`` of a folder of ours."""
-    values = {"model": model, "format": FORMAT, "settings": settings}
+def write_config(
+    folder: Path, model: str, settings: Mapping[str, Any], shift_base: float | None = None
+) -> None:
+    """Write ``config.json`` of a folder of ours; with the base of the time shift it was trained
+    with, where that is known.
+    """
+    values: dict[str, Any] = {"model": model, "format": FORMAT, "settings": settings}
+    if shift_base is not None:
+        values["time_dist_shift_base"] = shift_base
     (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
 
 

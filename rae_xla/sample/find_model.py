@@ -139,6 +139,8 @@ def _saved(model: str | Path, overrides: Sequence[str], rae: str | Path | None) 
     with tempfile.TemporaryDirectory() as place:
         path = Path(place) / "config.yaml"
         tree = {"stage_2": {"target": kind, "params": cast("dict[str, Any]", values["settings"])}}
+        if "time_dist_shift_base" in values:
+            tree["misc"] = {"time_dist_shift_base": values["time_dist_shift_base"]}
         path.write_text(yaml.safe_dump(tree), encoding="utf-8")
         config = load_config(path, overrides)
     if config.guidance.method != "cfg":

@@ -20,6 +20,7 @@ import rae_xla
 from rae_xla import RAE, DiTDH
 from rae_xla.cli.main import main
 from rae_xla.interop.manifest import read_manifest
+from rae_xla.sample.find_model import find_model
 
 pytestmark = pytest.mark.unhurried
 
@@ -239,6 +240,15 @@ def test_a_run_of_ours(tmp_path: Path, capsys) -> None:
     assert convert(*arguments, "published", "--part", "stats", "--out", tmp_path / "s.pt") == 0
     recorded = load(GOLDEN / "rae" / "dinov2" / "stat.pt")
     torch.testing.assert_close(load(tmp_path / "s.pt"), recorded)
+
+
+def test_the_time_shift_of_its_training_goes_along(tmp_path: Path) -> None:
+    content = load(STAGE2 / "stage2_train_ckpt.pt")
+    run = {"stage_1": stage_1(), "misc": {"time_dist_shift_base": 64.0}}
+    torch.save(content | {"config": run}, tmp_path / "c.pt")
+    assert convert(tmp_path / "c.pt", "--to", "pretrained", "--out", tmp_path / "dit") == 0
+    assert convert(tmp_path / "dit", "--to", "pretrained", "--out", tmp_path / "again") == 0
+    assert find_model(tmp_path / "again", (), tmp_path).config.misc.time_dist_shift_base == 64
 
 
 # ----- what is refused: one line, nothing executed, nothing written
