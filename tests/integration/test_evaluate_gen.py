@@ -27,7 +27,7 @@ from rae_xla.errors import UserError
 from rae_xla.runtime import start
 from rae_xla.train.evaluation import GenerationEvaluator
 
-COUNT = 8
+COUNT = 10  # torch-fidelity's score has ten splits
 slow = pytest.mark.slow
 
 
@@ -124,7 +124,7 @@ MISUSES = [
     ("no samples", ["--samples", "none.npz"], "samples none.npz: there is no such file"),
     ("another's option", ["--ckpt", "a.pt"], "--ckpt belongs to `rae-xla evaluate recon`, not gen"),
     ("an unknown metric", ["--metrics", "gfid"], "--metrics gfid: .* knows fid sfid is precision"),
-    ("too many", ["--num-images", 9], "9 pictures cannot be had .* has 8"),
+    ("too many", ["--num-images", COUNT + 1], f"{COUNT + 1} pictures cannot be had .* has {COUNT}"),
     ("too few", ["--num-images", 3], "precision of 3 pictures .* 4 are needed"),
     ("no batch", ["--batch-size", 0], "a batch of 0"),
     ("an idle reference", ["--metrics", "is"], "nothing that the Inception Score compares"),

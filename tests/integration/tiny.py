@@ -155,7 +155,7 @@ def make_gan_config(folder: Path, shards: str) -> Path:
     return path
 
 
-def rae_xla(*arguments: object, timeout: float = 300) -> subprocess.CompletedProcess:
+def rae_xla(*arguments: object, timeout: float = 600) -> subprocess.CompletedProcess:
     """Run the command line as a user would, in a process of its own (see ``cli_server``)."""
     [done] = _run_at_once(arguments, [environment()], timeout)
     if done.returncode is None:
@@ -164,7 +164,7 @@ def rae_xla(*arguments: object, timeout: float = 300) -> subprocess.CompletedPro
 
 
 def rae_xla_processes(
-    count: int, *arguments: object, timeout: float = 300
+    count: int, *arguments: object, timeout: float = 600
 ) -> list[subprocess.CompletedProcess]:
     """Run the command line in several processes at once, with what torchrun tells them."""
     with socket.socket() as probe:

@@ -181,6 +181,7 @@ def test_endpoint_of_the_environment(tmp_path):
     with FakeHub() as hub:
         hub.add(NAME, FILES)
         settings = {"HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1", "HF_ENDPOINT": hub.url}
+        settings["HF_HUB_OFFLINE"] = "0"
         done = subprocess.run(
             [sys.executable, "-c", code],
             env=os.environ | settings,
