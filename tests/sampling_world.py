@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 import yaml
-from golden_case import GOLDEN
+from rae_cases import rae_arguments
 
 from rae_xla.config import load_config
 from rae_xla.registry import instantiate
@@ -16,18 +16,7 @@ def make_world(folder: Path) -> Path:
     """Write weights and ``run.yaml``, which is returned: pictures of 32x32, 4x4 latents, 5 times,
     and a guide of another architecture than the model.
     """
-    encoder = str(GOLDEN / "rae/dinov2/encoder")
-    autoencoder = {
-        "encoder_cls": "Dinov2withNorm",
-        "encoder_config_path": encoder,
-        "encoder_input_size": 56,
-        "encoder_params": {"dinov2_path": encoder, "normalize": True},
-        "decoder_config_path": str(GOLDEN / "rae/dinov2/decoder_config"),
-        "decoder_patch_size": 8,
-        "pretrained_decoder_path": str(GOLDEN / "rae/dinov2/decoder.pt"),
-        "normalization_stat_path": str(GOLDEN / "rae/dinov2/stat.pt"),
-        "noise_tau": 0.0,
-    }
+    autoencoder = rae_arguments("dinov2", noise_tau=0.0)
     shared = {"input_size": 4, "patch_size": 1, "in_channels": 32, "num_classes": CLASSES}
     model = {
         "target": "DiTDH",

@@ -15,7 +15,6 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def panels():
-    pytest.importorskip("wandb_workspaces")
     command = [sys.executable, str(ROOT / "infra/wandb/dashboard.py"), "--dry-run"]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
     environment |= {"PYTHONPATH": str(ROOT), "PROJECT": "digits", "ENTITY": "us"}

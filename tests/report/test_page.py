@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+from playwright.sync_api import sync_playwright
 from tiny import make_configs, make_shards, rae_xla
 
 from rae_xla.errors import UserError
@@ -40,8 +41,7 @@ def curve(steps):
 def browser():
     if CHROMIUM is None:
         pytest.skip("there is no Chromium on this machine")
-    sync_api = pytest.importorskip("playwright.sync_api")
-    with sync_api.sync_playwright() as playwright:
+    with sync_playwright() as playwright:
         opened = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
         yield opened
         opened.close()
