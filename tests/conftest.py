@@ -1,5 +1,5 @@
 """Shared by every test: one thread, so that numbers and timings do not depend on the machine; and a
-storage server.
+storage server. Every test begins with the same random numbers, and so does a failure.
 """
 
 from __future__ import annotations
@@ -11,6 +11,11 @@ import torch
 from gcs_emulator import GcsEmulator
 
 torch.set_num_threads(1)
+
+
+def pytest_runtest_setup() -> None:
+    """Before any fixture: torch would begin with others in each process."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

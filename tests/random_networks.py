@@ -6,7 +6,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from random_loss_networks import fill
+from random_loss_networks import drawn
 from torch import nn
 
 
@@ -19,9 +19,7 @@ def random_extractor(seed: int = 0, features: tuple[str, ...] = ("2048",)) -> nn
         mock.patch.object(published, "load_state_dict_from_url", return_value={}),
         mock.patch.object(network_class, "load_state_dict"),
     ):
-        network = network_class("inception-v3-compat", list(features))
-    fill(network, seed)
-    return network
+        return drawn(lambda: network_class("inception-v3-compat", list(features)), seed)
 
 
 def write_inception(path: Path, seed: int = 0) -> Path:

@@ -13,6 +13,7 @@ from rae_xla.plan.hlo import parse_module
 from rae_xla.plan.liveness import Peak, peak_memory
 from rae_xla.plan.trace import Argument
 from rae_xla.plan.traffic import Traffic, memory_traffic
+from rae_xla.runtime.stacked import names_in
 
 KINDS = ("parameters", "optimizer", "ema", "frozen", "batch", "constants")
 
@@ -93,7 +94,9 @@ def read_facts(
         return facts
     module = parse_module(text.read_text())
     collectives = find_collectives(module, chips)
-    weights = [tuple(a.shape) for a in arguments if a.kind in ("parameters", "frozen")]
+    known = [a for a in arguments if a.kind in ("parameters", "frozen")]
+    weights = [tuple(a.shape) for a in known]
+    weights += [tuple(a.shape[1:]) for a in known if len(names_in(a.name)) > 1]  # as a loop has it
     return replace(
         facts,
         peak=peak_memory(module, weights, max(a.shards for a in arguments), rows),

@@ -76,13 +76,35 @@ def _bytes_moved(instruction: Instruction, computation: Computation, module: Mod
         if i >= len(sizes):
             continue
         users = [user for user in body.values() if parameter.name in user.operands]
-        if users and all(user.opcode in ("dynamic-slice", "slice", "gather") for user in users):
-            sizes[i] = min(sizes[i], sum(_hbm_bytes(user) for user in users))
-        elif users and all(_updates(user, parameter) for user in users):
+        if users and all(_updates(user, parameter) for user in users):
             part = sum(_hbm_bytes(body[user.operands[1]]) for user in users)
             written -= sizes[i] - min(sizes[i], part)
             sizes[i] = 0
+        elif (parts := _bytes_of_slices(parameter.name, body, module)) is not None:
+            sizes[i] = min(sizes[i], parts)
     return max(written, 0) + sum(sizes)
+
+
+def _bytes_of_slices(name: str, body: Computation, module: Module) -> int | None:
+    """What is read of a value that is only ever cut, in a fusion within if need be; else None."""
+    total = 0
+    for user in body.values():
+        if name not in user.operands:
+            continue
+        if user.opcode in ("dynamic-slice", "slice", "gather"):
+            part: int | None = _hbm_bytes(user)
+        elif user.opcode == "bitcast":
+            part = _bytes_of_slices(user.name, body, module)
+        elif user.opcode == "fusion":
+            within = module.computations[called_computations(user)[0]]
+            own = _parameters(within)[user.operands.index(name)]
+            part = _bytes_of_slices(own.name, within, module)
+        else:
+            part = None
+        if part is None:
+            return None
+        total += part
+    return total
 
 
 def _updates(user: Instruction, target: Instruction) -> bool:

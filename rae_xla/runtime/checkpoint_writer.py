@@ -149,7 +149,10 @@ class ShardWriter(StorageWriter):
         with self._files.create(name) as file:
             for item in items:
                 buffer = io.BytesIO()
-                torch.save(cast("Tensor", planner.resolve_data(item)), buffer)
+                shard = cast("Tensor", planner.resolve_data(item))
+                if shard.untyped_storage().nbytes() > shard.nbytes:
+                    shard = shard.clone()  # of a view torch would save all that it is a view of
+                torch.save(shard, buffer)
                 content = buffer.getvalue()  # a view in a traceback would crash Python 3.12.1
                 digest.update(content)
                 file.write(content)

@@ -39,13 +39,14 @@ class Runtime(Protocol):
     def place(self, module: nn.Module) -> nn.Module:
         """Move a module to the devices, its parameters split by the sharding rules.
 
-        Parameter objects are replaced: build optimizers afterwards.
+        Parameter objects are replaced, and those of blocks that are alike may become one: build
+        optimizers afterwards.
         """
         ...
 
     def place_tensors(self, tensors: Mapping[str, Tensor], like: nn.Module) -> dict[str, Tensor]:
-        """Put host tensors on the devices, split as the parameters of the same names in ``like``
-        (so optimizer state is split like what it belongs to).
+        """Put host tensors on the devices as the parameters of a placed module are: so split, so
+        called and in that order. Their names are those from before it was placed.
         """
         ...
 
@@ -110,14 +111,16 @@ class Runtime(Protocol):
         ...
 
     def to_host(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Whole tensors on the CPU of every process: of what was computed from ``put`` rows, the
-        rows of all processes in their order. Waits for the devices to finish.
+        """Whole tensors on the CPU of every process, by the names from before modules were placed:
+        of what was computed from ``put`` rows, the rows of all processes in their order. Waits for
+        the devices to finish.
         """
         ...
 
     def snapshot(self, tensors: Mapping[str, Tensor]) -> dict[str, HostTensor]:
-        """Copies on the CPU of what this process is to write of each tensor. Waits for the devices
-        and for the copies; afterwards the tensors may change.
+        """Copies on the CPU of what this process is to write of each tensor, by the names from
+        before modules were placed. Waits for the devices and for the copies; afterwards the tensors
+        may change.
         """
         ...
 

@@ -32,6 +32,7 @@ from torch import nn
 
 from rae_xla.errors import UserError
 from rae_xla.runtime.mesh import AXES, BATCH
+from rae_xla.runtime.stacked import names_in
 
 Entry = str | tuple[str, ...] | None
 PartitionSpec = tuple[Entry, ...]
@@ -229,16 +230,17 @@ def resolve_shardings(
     result = Shardings({}, {}, [])
     matched: set[tuple[str, str]] = set()
 
-    for name, parameter in module.named_parameters():
+    for stored_name, parameter in module.named_parameters():
+        name, *others = names_in(stored_name)
         network, inner = _network_of(name, networks)
-        shape = tuple(parameter.shape)
+        shape = tuple(parameter.shape[1:] if others else parameter.shape)
         if network is None:
             if parameter.requires_grad and parameter.numel() >= LARGE:
                 raise UserError(
                     f"no sharding rules cover {name} {shape}: add its network's class to a file of "
                     "mesh.sharding"
                 )
-            result.parameters[name] = Placement((None,) * len(shape), (None,) * len(shape))
+            result.parameters[stored_name] = Placement(*[(None,) * parameter.dim()] * 2)
             continue
         rule = _first(networks[network].parameters, inner)
         if rule is not None:
@@ -248,17 +250,21 @@ def resolve_shardings(
                 f"{networks[network].file}: no rule matches {inner} {shape}: add one (spec: [] "
                 "keeps a copy on every device)"
             )
-        result.parameters[name] = _placement(inner, shape, rule, axis_sizes, networks[network].file)
-    for name, _ in module.named_modules():
+        placement = _placement(inner, shape, rule, axis_sizes, networks[network].file)
+        if others:
+            placement = Placement((None, *placement.stored), (None, *placement.used))
+        result.parameters[stored_name] = placement
+    for stored_name, _ in module.named_modules():
+        name = names_in(stored_name)[0]
         network, inner = _network_of(name, networks, within=False)
         activation = _first(networks[network].activations, inner) if network is not None else None
         if network is not None and activation is not None:
             matched.add((network, activation.pattern))
-            result.activations[name] = without_single_axes(activation.spec, axis_sizes)
+            result.activations[stored_name] = without_single_axes(activation.spec, axis_sizes)
         blocks = networks[network].blocks if network is not None else None
         if network is not None and blocks is not None and re.search(blocks, inner):
             matched.add((network, blocks))
-            result.blocks.append(name)
+            result.blocks.append(stored_name)
     for network, of_network in networks.items():
         patterns = [rule.pattern for rule in of_network.parameters]
         patterns += [rule.pattern for rule in of_network.activations]

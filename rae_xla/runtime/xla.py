@@ -38,6 +38,7 @@ from rae_xla.runtime.sharding import (
     without_single_axes,
 )
 from rae_xla.runtime.snapshot import HostShard, HostTensor
+from rae_xla.runtime.stacked import cut_snapshot, cut_up, names_in, put_together
 from rae_xla.runtime.whole import WholeBatch
 from rae_xla.runtime.xla_flash import FlashAttention, tokens_from, use_flash
 from rae_xla.runtime.xla_gathering import Gathering
@@ -135,29 +136,35 @@ class XLARuntime(WholeBatch):
         What is on the devices stays as it is: an optimizer may hold it.
         """
         shardings = resolve_shardings(module, self._rules, self.mesh.axis_sizes)
-        waiting = {n: p for n, p in module.named_parameters() if p.device != self.device}
-        for name, parameter in waiting.items():
-            owner, _, last = name.rpartition(".")
-            stored = self._send(parameter.detach(), shardings.parameters[name].stored)
-            moved = nn.Parameter(stored, requires_grad=parameter.requires_grad)
-            module.get_submodule(owner).register_parameter(last, moved)
+        self._gathering.apply(module, shardings)
+        blocks = {name: module.get_submodule(name) for name in shardings.blocks}
+        here = {name: block for name, block in blocks.items() if self._waits(block)}
+        single = list(here.values())
+        if self._scan:
+            single = scan_alike(module, here, self._remat, self._gathering.tracing)
+            shardings = resolve_shardings(module, self._rules, self.mesh.axis_sizes)
+        trained = [b for b in single if any(p.requires_grad for p in b.parameters())]
+        rematerialise(trained, self._remat, recompute)
+        for name, parameter in list(module.named_parameters()):
+            if parameter.device != self.device:
+                owner, _, last = name.rpartition(".")
+                stored = self._send(parameter.detach(), shardings.parameters[name].stored)
+                moved = nn.Parameter(stored, requires_grad=parameter.requires_grad)
+                module.get_submodule(owner).register_parameter(last, moved)
         for child in module.modules():
             for name, buffer in list(child.named_buffers(recurse=False)):
                 if buffer.device != self.device:
                     child._buffers[name] = self._send(buffer, ())
-        self._gathering.apply(module, shardings)
-        trained = [name for name, parameter in waiting.items() if parameter.requires_grad]
-        blocks = [b for b in shardings.blocks if any(name.startswith(f"{b}.") for name in trained)]
-        stack = [module.get_submodule(name) for name in blocks]
-        rematerialise(stack, self._remat, recompute)
-        if self._scan:
-            scan_alike(stack, self._gathering.tracing)
         return keep_norms_on_rows(module)
 
+    def _waits(self, block: nn.Module) -> bool:
+        return any(parameter.device != self.device for parameter in block.parameters())
+
     def place_tensors(self, tensors: Mapping[str, Tensor], like: nn.Module) -> dict[str, Tensor]:
-        """Send host tensors, split as the parameters of the same names."""
+        """Send host tensors, split as the parameters they belong to, and stacked as they are."""
         stored = resolve_shardings(like, self._rules, self.mesh.axis_sizes).parameters
-        return {name: self._send(tensor, stored[name].stored) for name, tensor in tensors.items()}
+        whole = put_together(tensors, (n for n in stored if tensors.keys() >= set(names_in(n))))
+        return {name: self._send(tensor, stored[name].stored) for name, tensor in whole.items()}
 
     def put(self, batch: Mapping[str, Tensor]) -> Batch:
         """Send this process's rows; together the processes make the global batch."""
@@ -235,14 +242,17 @@ class XLARuntime(WholeBatch):
         """
         detached = [tensor.detach() for tensor in tensors.values()]
         if self.process_count > 1:
-            return {n: t.cpu() for n, t in zip(tensors, detached, strict=True)}
+            return cut_up({n: t.cpu() for n, t in zip(tensors, detached, strict=True)})
         xm.wait_device_ops()
         shards = torch_xla._XLAC._get_local_shards(detached)
         places = torch_xla._XLAC._get_local_shard_replica_and_indices(detached)
-        return {
-            name: _assemble(tensor, [data for data, _ in parts], [index for _, index in where])
-            for name, tensor, parts, where in zip(tensors, detached, shards, places, strict=True)
-        }
+        found = zip(tensors, detached, shards, places, strict=True)
+        return cut_up(
+            {
+                name: _assemble(tensor, [data for data, _ in parts], [index for _, index in where])
+                for name, tensor, parts, where in found
+            }
+        )
 
     def snapshot(self, tensors: Mapping[str, Tensor]) -> dict[str, HostTensor]:
         """The shards of this process's devices, one of each that several devices hold a copy of."""
@@ -250,10 +260,13 @@ class XLARuntime(WholeBatch):
         xm.wait_device_ops()
         shards = torch_xla._XLAC._get_local_shards(detached)
         places = torch_xla._XLAC._get_local_shard_replica_and_indices(detached)
-        return {
-            name: HostTensor(tuple(tensor.shape), tuple(_first_replicas(tensor, parts, where)))
-            for name, tensor, parts, where in zip(tensors, detached, shards, places, strict=True)
-        }
+        found = zip(tensors, detached, shards, places, strict=True)
+        return cut_snapshot(
+            {
+                name: HostTensor(tuple(tensor.shape), tuple(_first_replicas(tensor, parts, where)))
+                for name, tensor, parts, where in found
+            }
+        )
 
     def saving_group(self) -> Any | None:
         """A gloo group; the processes find each other as they do for ``exchange``."""

@@ -8,8 +8,7 @@ Three ways, told apart by shapes alone:
 * Many rows: the weight is gathered. Its gradient is one product of each device's rows and one
   reduce-scatter, both said outright. Left to the partitioner, the two become a loop that reads the
   activations again for every two devices: half of a step's memory traffic on 16 chips.
-* Over a ``tensor`` axis, or in a graph traced beforehand (scan): the weight is gathered, and the
-  partitioner makes the gradient.
+* Over a ``tensor`` axis: the weight is gathered, and the partitioner makes the gradient.
 """
 
 from __future__ import annotations
@@ -62,7 +61,7 @@ class Partition:
         annotation: Callable[[PartitionSpec], Annotate],
         tracing: Callable[[], bool],
     ) -> None:
-        self._mesh, self.annotation, self._tracing = mesh, annotation, tracing
+        self._mesh, self.annotation, self.tracing = mesh, annotation, tracing
         self._sizes = dict(mesh.shape())
         self.batch = tuple(axis for axis in BATCH if axis in self._sizes)
 
@@ -73,7 +72,7 @@ class Partition:
     def rows_apart(self, x: Tensor) -> bool:
         """Whether every device has rows of ``x`` of its own, as many as the others."""
         parts = shard_count(self.batch, self._sizes)
-        return parts == self._mesh.size() and x.shape[0] % parts == 0 and not self._tracing()
+        return parts == self._mesh.size() and x.shape[0] % parts == 0
 
     def own_rows(self, tensor: Tensor) -> Tensor:
         """The rows of each device. What is made of them is no longer the partitioner's."""
@@ -135,6 +134,8 @@ class LinearUse:
         self._batch = note((partition.batch,))
         rows = tuple(axis for axis in partition.batch if axis not in self._features)
         self._rows = (rows or None,)
+        self._number = len(_USES)
+        _USES.append(self)
 
     def __call__(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, heads: int | None = None
@@ -187,6 +188,15 @@ class LinearUse:
 
     def stored_gradient(self, gradients: Sequence[Tensor], x: Tensor, heads: int | None) -> Tensor:
         """Of the weight, from the gradients of what each part returned."""
+        if self.partition.tracing():
+            later: Tensor = _gradient_later(self._number, list(gradients), x, heads or 0)
+            return later
+        return self.stored_gradient_now(gradients, x, heads)
+
+    def stored_gradient_now(
+        self, gradients: Sequence[Tensor], x: Tensor, heads: int | None
+    ) -> Tensor:
+        """The same, of tensors that have content."""
         partition, turned = self.partition, self.turned
         rows = partition.own_rows(x)
         sums = [
@@ -198,6 +208,22 @@ class LinearUse:
         if turned:
             return self.as_stored(partition.whole(torch.cat(sums, 1).t(), (None, "fsdp")))
         return self.as_stored(partition.whole(torch.cat(sums), ("fsdp", None)))
+
+
+_USES: list[LinearUse] = []
+"""By their numbers: a graph can hold no other name of theirs."""
+
+
+@torch.library.custom_op("rae_xla::weight_gradient", mutates_args=())
+def _gradient_later(use: int, gradients: list[Tensor], x: Tensor, heads: int) -> Tensor:
+    """An operation of its own, which the graph of a loop over blocks (``xla_scan``) can hold."""
+    return _USES[use].stored_gradient_now(gradients, x, heads or None)
+
+
+@_gradient_later.register_fake
+def _(use: int, gradients: list[Tensor], x: Tensor, heads: int) -> Tensor:
+    features = sum(g.shape[-1] * (heads or 1) for g in gradients)
+    return x.new_empty(features, x.shape[-1])
 
 
 class _FewRows(torch.autograd.Function):

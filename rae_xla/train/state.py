@@ -90,28 +90,37 @@ def make_state(
             if "disc" not in saved or "disc_optimizer" not in saved:
                 raise UserError(f"{where} has no discriminator, but this run trains one")
             load_strict(disc, saved["disc"], where)
+    moments = _host_moments(model, saved and saved["optimizer"])
     runtime.place(model)
     runtime.place(ema.requires_grad_(False).eval())
-    trained = _with_moments(model, runtime, saved and saved["optimizer"])
+    trained = _with_moments(model, runtime, moments)
     state = TrainState(trained, ema, step=0 if saved is None else int(saved["step"]))
     if disc is not None:
-        runtime.place(disc)
-        state.disc = _with_moments(disc, runtime, saved and saved["disc_optimizer"])
+        moments = _host_moments(disc, saved and saved["disc_optimizer"])
+        state.disc = _with_moments(runtime.place(disc), runtime, moments)
     return state
 
 
-def _with_moments(
-    module: nn.Module, runtime: Runtime, saved: Mapping[str, Tensor] | None
-) -> Trained:
-    """A placed module with its moments, zeros or restored, split as its parameters are."""
-    trained = Trained(module, {})
-    for moment in MOMENTS:
-        host = {
+def _host_moments(
+    module: nn.Module, saved: Mapping[str, Tensor] | None
+) -> dict[str, dict[str, Tensor]]:
+    """Zeros or what was saved, for a module on the host."""
+    trained = Trained(module, {}).parameters()
+    return {
+        moment: {
             name: torch.zeros(p.shape) if saved is None else saved[f"{name}/{moment}"]
-            for name, p in trained.parameters().items()
+            for name, p in trained.items()
         }
-        trained.moments[moment] = runtime.place_tensors(host, like=module)
-    return trained
+        for moment in MOMENTS
+    }
+
+
+def _with_moments(
+    module: nn.Module, runtime: Runtime, moments: dict[str, dict[str, Tensor]]
+) -> Trained:
+    """A placed module with its moments, split as its parameters are."""
+    placed = {moment: runtime.place_tensors(moments.pop(moment), like=module) for moment in MOMENTS}
+    return Trained(module, placed)
 
 
 @torch.no_grad()

@@ -9,8 +9,9 @@ every part of the stage-1 recipe run. What LPIPS and the discriminator say with 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import nn
@@ -21,19 +22,22 @@ from rae_xla.models.dino_vit import DINOViT, resolve_recipe
 RECIPE = {"depth": 2, "embed_dim": 64, "num_heads": 4, "patch_size": 32}
 
 
-def fill(network: nn.Module, seed: int) -> None:
-    """Draw matrices that keep the scale of what goes through; vectors stay as they are."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in network.parameters():
-        if parameter.dim() > 1:
-            values = torch.randn(parameter.shape, generator=generator)
-            parameter.data.copy_(values * (2 / parameter[0].numel()) ** 0.5)
+def drawn(make: Callable[[], nn.Module], seed: int) -> nn.Module:
+    """A network of the same numbers each time, with matrices that keep the scale of what goes
+    through.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = make()
+        for parameter in network.parameters():
+            if parameter.dim() > 1:
+                nn.init.normal_(parameter, std=(2 / parameter[0].numel()) ** 0.5)
+    return network
 
 
 def write_vgg16(path: Path, seed: int = 0) -> Path:
     """VGG16 as torchvision publishes it, without its classifier."""
-    network = nn.ModuleDict({"features": make_layers(cfgs["D"])})
-    fill(network, seed)
+    network = drawn(lambda: nn.ModuleDict({"features": make_layers(cfgs["D"])}), seed)
     torch.save(network.state_dict(), path)
     return path
 
@@ -42,8 +46,7 @@ def write_dino(path: Path, recipe: Mapping[str, float], seed: int = 0) -> Path:
     """A backbone of the discriminator, as the published file is; tokens differ by their place, as
     in a trained one.
     """
-    backbone = DINOViT(resolve_recipe(recipe))
-    fill(backbone, seed)
+    backbone = cast("DINOViT", drawn(lambda: DINOViT(resolve_recipe(recipe)), seed))
     nn.init.normal_(backbone.pos_embed, generator=torch.Generator().manual_seed(seed))
     torch.save(backbone.state_dict(), path)
     return path

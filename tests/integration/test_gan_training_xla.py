@@ -72,11 +72,13 @@ def gathered(folder):
 
 
 def test_only_weights_are_gathered(world, monkeypatch):
-    """Activations stay on the devices whose rows they are, through all five networks."""
+    """Activations stay on the devices whose rows they are, through all five networks. (The rows
+    of 8 images are fewer than the features of the widest layers, and there rows travel by design.)
+    """
     dump = world["folder"] / "hlo"
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={dump} --xla_dump_hlo_as_text"
     monkeypatch.setenv("XLA_FLAGS", flags)
-    train(world, "dumped", *SMOOTH, *FOUR, "training.steps=1")
+    train(world, "dumped", *SMOOTH, *FOUR, "training.steps=1", "training.global_batch_size=16")
     sizes, moved = gathered(dump)
     assert moved == 0
     content = saved(world["folder"] / "dumped", step=1)
@@ -95,15 +97,12 @@ def test_every_topology_gives_the_losses_of_plain_torch(world, on_torch, devices
     for one, other in zip(lines, on_torch, strict=True):
         for name in LOSSES:
             assert one[name] == pytest.approx(other[name], rel=1e-4), (one["step"], name)
-        # The gradient of the whole batch on every device, not of a device's share. Measured, with
-        # 1 device and with 4 alike (attention is rounded otherwise than torch's): it differs by
-        # 1e-4 in two steps, by 2e-3 in the third, and by up to 2.5e-2 once the rectifiers have
-        # taken sides.
-        tolerance = {1: 1e-3, 2: 1e-3, 3: 1e-2}.get(one["step"], 0.1)
+        # The gradient of the whole batch on every device, not of a device's share. Measured: it
+        # differs by 1e-5 in the first step, by 4e-4 in the second, by 3e-3 in the third, and by up
+        # to 7e-3 once the rectifiers have taken sides.
+        tolerance = {1: 1e-4, 2: 1e-3, 3: 1e-2}.get(one["step"], 3e-2)
         for name in ("train/disc/grad_norm", "train/grad_norm"):
             assert one[name] == pytest.approx(other[name], rel=tolerance), (one["step"], name)
-    for name in ("train/disc/grad_norm", "train/grad_norm"):
-        assert lines[0][name] == pytest.approx(on_torch[0][name], rel=1e-4), name
     assert {line["perf/compilations"] for line in lines} == {1}
     assert {line["perf/fallbacks"] for line in lines} == {0}
 

@@ -85,14 +85,20 @@ def test_each_of_eight_devices_holds_an_eighth_of_the_state():
 
 
 @pytest.mark.slow
-def test_blocks_in_a_loop_change_no_loss(world):
+def test_blocks_in_a_loop_change_no_loss_and_no_checkpoint(world):
+    """Stored as one, their checkpoints are everybody's: a run goes on without the loop, and with
+    it.
+    """
     deep = "stage_2.params.depth=[4,2]"
+    loop = ["runtime.backend=xla", "runtime.scan=true", *TOPOLOGIES["2 data x 2 fsdp"], deep]
+    half = "training.steps=10"
     on_torch = train(world, "stage2", "deep-torch", deep)
-    on_xla = train(world, "stage2", "deep-scan", "runtime.backend=xla", "runtime.scan=true", deep,
-                   *TOPOLOGIES["2 data x 2 fsdp"])  # fmt: skip
-    same_losses(on_xla, on_torch)
+    on_xla = train(world, "stage2", "from-loop", *loop, half)
     assert {line["perf/compilations"] for line in on_xla} == {1}
     assert {line["perf/fallbacks"] for line in on_xla} == {0}
+    same_losses(train(world, "stage2", "from-loop", deep), on_torch)
+    train(world, "stage2", "to-loop", deep, half)
+    same_losses(train(world, "stage2", "to-loop", *loop, "runtime.remat=0.5"), on_torch)
 
 
 @pytest.mark.slow

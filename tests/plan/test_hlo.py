@@ -115,6 +115,41 @@ def test_an_update_in_place_moves_its_part_alone(module):
     assert update.num_bytes == 4 * (2 * ROWS * TOKENS * 48)  # what it takes it from is on the chip
 
 
+NESTED = """HloModule loop
+
+%cut (p: bf16[28,16,8], i: s32[]) -> bf16[16,8] {
+  %p = bf16[28,16,8]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %one = bf16[1,16,8]{2,1,0} dynamic-slice(%p, %i, %zero, %zero), dynamic_slice_sizes={1,16,8}
+  ROOT %row = bf16[16,8]{1,0} bitcast(%one)
+}
+
+%product (a: bf16[28,16,8], i: s32[], b: bf16[16,4]) -> bf16[8,4] {
+  %a = bf16[28,16,8]{2,1,0} parameter(0)
+  %i.1 = s32[] parameter(1)
+  %b = bf16[16,4]{1,0} parameter(2)
+  %rows = bf16[16,8]{1,0} fusion(%a, %i.1), kind=kLoop, calls=%cut
+  ROOT %dot = bf16[8,4]{1,0} dot(%rows, %b), lhs_contracting_dims={0}, rhs_contracting_dims={0}
+}
+
+ENTRY %main (a.1: bf16[28,16,8], i.2: s32[], b.1: bf16[16,4]) -> bf16[8,4] {
+  %a.1 = bf16[28,16,8]{2,1,0} parameter(0)
+  %i.2 = s32[] parameter(1)
+  %b.1 = bf16[16,4]{1,0} parameter(2)
+  ROOT %f = bf16[8,4]{1,0} fusion(%a.1, %i.2, %b.1), kind=kOutput, calls=%product
+}
+"""
+
+
+def test_what_is_cut_within_a_fusion_of_a_fusion_is_read_in_part():
+    [row] = memory_traffic(parse_module(NESTED))
+    assert row.num_bytes == 2 * (16 * 8 + 16 * 4 + 8 * 4) + 4
+    whole = NESTED.replace("fusion(%a, %i.1), kind=kLoop, calls=%cut", "reduce(%a, %i.1)")
+    [row] = memory_traffic(parse_module(whole))
+    assert row.num_bytes == 2 * (28 * 16 * 8 + 16 * 4 + 8 * 4) + 4
+
+
 def test_the_fullest_moment(module):
     peak = peak_memory(module, [(WIDTH, WIDTH), (6912, 1152)], CHIPS, ROWS)
     gradient = 2 * 6912 * 1152

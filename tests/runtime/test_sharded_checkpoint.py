@@ -50,6 +50,12 @@ def test_written_and_read_back_part_by_part(tmp_path):
     assert torch.equal(tensors["ema/b"], SNAPSHOT["ema/b"].shards[0].data)
 
 
+def test_of_a_view_only_what_is_seen_is_written(tmp_path):
+    large = torch.zeros(1000, 100)
+    write(tmp_path, {"model/w": HostTensor.whole(large[7])})
+    assert (tmp_path / "model-0.distcp").stat().st_size < 4 * large[7].numel() + 2000
+
+
 def test_torch_reads_what_we_write(tmp_path):
     write(tmp_path)
     found = {"model/w": torch.zeros(6, 4), "ema/count": torch.tensor(0)}
