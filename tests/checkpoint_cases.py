@@ -7,6 +7,7 @@ from torch import nn
 
 from rae_xla.config import CheckpointConfig, MeshConfig, RunConfig, RuntimeConfig
 from rae_xla.interop.checkpoint_folder import Checkpoint, checkpoint_path
+from rae_xla.interop.manifest import Manifest
 from rae_xla.runtime import start
 from rae_xla.train.checkpoint import run_facts, state_tensors
 from rae_xla.train.saver import Saver
@@ -23,6 +24,7 @@ class LinearStage:
     """Trains a linear layer."""
 
     disc = None
+    ties = Manifest()
 
     def __init__(self, seed=0):
         torch.manual_seed(seed)

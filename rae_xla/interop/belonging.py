@@ -9,16 +9,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from rae_xla.data.storage import is_remote
 from rae_xla.interop import fingerprint as prints
 from rae_xla.interop.assembly import EPS
+from rae_xla.interop.checkpoint_folder import TIES, find_checkpoints
+from rae_xla.interop.checkpoint_folder import read_manifest as read_facts
 from rae_xla.interop.manifest import (
     Manifest,
     Part,
     check_parts,
     checks_wanted,
     manifest_path,
+    parse_manifest,
     read_manifest,
 )
+from rae_xla.models.weights import is_meta
 
 if TYPE_CHECKING:
     from rae_xla.models.rae import RAE
@@ -51,7 +56,7 @@ def check_dit_file(path: str | Path | None, rae: RAE, name: str = "stage_1") -> 
     """See that a diffusion transformer was trained in the latents of this autoencoder.
 
     Args:
-        path: its weights; without a manifest they are not checked.
+        path: its weights, or the training's checkpoint; without a manifest they are not checked.
         rae: the autoencoder whose latents it is to draw.
         name: what to call that in errors.
 
@@ -62,6 +67,22 @@ def check_dit_file(path: str | Path | None, rae: RAE, name: str = "stage_1") -> 
         if manifest.made_with:
             actual = {kind: Part(sha256, name) for kind, sha256 in prints.of_rae(rae).items()}
             check_parts(manifest, actual, place)
+
+
+def made_in_latents_of(rae: RAE, params: Mapping[str, Any]) -> Manifest:
+    """What a diffusion transformer is tied to that is trained in the latents of an autoencoder.
+
+    Args:
+        rae: on the host, or on the meta device: then nothing is known of it.
+        params: what it was built with.
+    """
+    if is_meta(rae):
+        return Manifest()
+    needs = {prints.ENCODER: encoder_of(rae, str(params.get("encoder_config_path", "")))}
+    if rae.latent_std is not None:
+        sha256 = prints.of_statistics(rae.latent_mean, rae.latent_std)
+        needs[prints.STATISTICS] = Part(sha256, str(params.get("normalization_stat_path", "")))
+    return Manifest(made_with={prints.DIT: needs})
 
 
 def encoder_of(rae: RAE, name: str) -> Part:
@@ -96,6 +117,17 @@ def write_beside(path: Path, manifest: Manifest) -> None:
 def _manifests(*paths: Any) -> dict[str, Manifest]:
     if not checks_wanted():
         return {}
-    local = [str(path) for path in paths if path is not None and "://" not in str(path)]
-    found = {path: read_manifest(path) for path in local}
+    found = {str(path): _manifest_of(str(path)) for path in paths if path is not None}
     return {path: manifest for path, manifest in found.items() if manifest is not None}
+
+
+def _manifest_of(path: str) -> Manifest | None:
+    """Of weights, or of a training checkpoint, which has it within its own."""
+    remote = is_remote(path)
+    if not remote and (manifest := read_manifest(path)) is not None:
+        return manifest
+    if not remote and not Path(path).expanduser().is_dir():
+        return None
+    checkpoints = find_checkpoints(path)
+    said = read_facts(checkpoints[-1]).get(TIES) if checkpoints else None
+    return None if said is None else parse_manifest(said, checkpoints[-1].path)

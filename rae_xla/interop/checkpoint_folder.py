@@ -26,6 +26,8 @@ from rae_xla.data import storage
 from rae_xla.errors import UserError
 
 MANIFEST = "manifest.json"
+TIES = "belongs_with"
+"""Where it says which encoder and statistics a diffusion transformer was trained with."""
 FORMAT = 1
 UNFINISHED = ".unfinished"
 CHECKPOINTS = "checkpoints"

@@ -61,9 +61,9 @@ class Manifest:
             {k: v for k, v in self.made_with.items() if k == kind},
         )
 
-    def to_json(self) -> str:
-        """The text of the file."""
-        content = {
+    def to_dict(self) -> dict[str, Any]:
+        """What the file says."""
+        return {
             "format": FORMAT,
             "written_by": f"rae_xla {rae_xla.__version__}",
             "parts": {kind: _plain(part) for kind, part in self.parts.items()},
@@ -72,7 +72,10 @@ class Manifest:
                 for kind, needs in self.made_with.items()
             },
         }
-        return json.dumps(content, indent=2) + "\n"
+
+    def to_json(self) -> str:
+        """The text of the file."""
+        return json.dumps(self.to_dict(), indent=2) + "\n"
 
 
 def manifest_path(weights: Path) -> Path:
@@ -92,7 +95,22 @@ def read_manifest(weights: str | Path) -> Manifest | None:
     if not path.is_file():
         return None
     try:
-        content = json.loads(path.read_text())
+        return parse_manifest(json.loads(path.read_text()), path)
+    except (OSError, ValueError) as error:
+        raise _damaged(path, error) from error
+
+
+def parse_manifest(content: Any, path: str | Path) -> Manifest:
+    """A manifest from what ``to_dict`` makes of one.
+
+    Args:
+        content: of a JSON file.
+        path: what to call the file in errors.
+
+    Raises:
+        UserError: it is not one that this version reads.
+    """
+    try:
         if content["format"] != FORMAT:
             raise UserError(f"{path} is of format {content['format']}; this version reads {FORMAT}")
         manifest = Manifest(
@@ -106,13 +124,15 @@ def read_manifest(weights: str | Path) -> Manifest | None:
         if unknown := {*manifest.parts, *manifest.made_with, *needed} - _WORDS.keys():
             raise KeyError(*unknown)
         return manifest
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(
-            f"{path} is damaged ({type(error).__name__}: {error}): write the weights again, or "
-            "remove it to load them unchecked"
-        ) from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: str | Path, error: Exception) -> UserError:
+    return UserError(
+        f"{path} is damaged ({type(error).__name__}: {error}): write the weights again, or "
+        "remove it to load them unchecked"
+    )
 
 
 def checks_wanted(asked: bool = True) -> bool:

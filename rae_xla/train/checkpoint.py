@@ -16,6 +16,7 @@ from rae_xla.errors import UserError
 from rae_xla.interop.checkpoint_folder import (
     CHECKPOINTS,
     FORMAT,
+    TIES,
     BrokenCheckpointError,
     Checkpoint,
     checkpoint_path,
@@ -69,6 +70,7 @@ def run_facts(
         "seed": config.training.global_seed,
         "data": {"position": step, "fingerprint": data},
         "scheduler": {"next_step": rates},
+        TIES: stage.ties.to_dict(),
         "code": code_version(),
         "written_by": {
             "backend": runtime.backend,

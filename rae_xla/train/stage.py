@@ -7,6 +7,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from rae_xla.interop.manifest import Manifest
 from rae_xla.runtime import Runtime
 from rae_xla.sample.pictures import Pixels
 from rae_xla.train.state import TrainState
@@ -35,6 +36,11 @@ class Stage(Protocol):
     @property
     def frozen(self) -> nn.Module:
         """What the losses use besides; it may contain ``model``."""
+        ...
+
+    @property
+    def ties(self) -> Manifest:
+        """Which other weights those that are trained belong with, where nobody else would say."""
         ...
 
     def phase(self, step: int) -> Hashable:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from rae_xla.config import GanConfig
 from rae_xla.data.mixture import Mixture
 from rae_xla.errors import UserError
+from rae_xla.interop.manifest import Manifest
 from rae_xla.models.dino_vit import HUB_FILE, HUB_REPOSITORY, load_dino, resolve_recipe
 from rae_xla.models.discriminator import DinoDiscriminator
 from rae_xla.models.lpips import load_lpips
@@ -67,6 +68,7 @@ class Stage1:
         self._lpips = load_lpips(weights.vgg16, weights.lpips) if loss.perceptual_weight else None
         self._disc = make_discriminator(self._gan) if loss.disc_weight else None
         self.model = self._rae.decoder
+        self.ties = Manifest()  # a checkpoint has the encoder in it
         self.disc = self._disc
         self.frozen = nn.ModuleDict({"rae": self._rae})
         if self._lpips is not None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rae_xla.data.mixture import Mixture
 from rae_xla.errors import UserError
-from rae_xla.interop.belonging import check_dit_file
+from rae_xla.interop.belonging import check_dit_file, made_in_latents_of
 from rae_xla.models.rae import RAE
 from rae_xla.registry import instantiate
 from rae_xla.runtime import Batch, Runtime
@@ -53,6 +53,7 @@ class Stage2:
         self.frozen = cast("RAE", instantiate(config.stage_1)).eval().requires_grad_(False)
         self.model = instantiate(config.stage_2).train()
         check_dit_file(config.stage_2.ckpt, self.frozen)
+        self.ties = made_in_latents_of(self.frozen, config.stage_1.params)
         self.disc = None
         self._samplers: dict[nn.Module, ImageSampler] = {}
         self._evaluate = None

@@ -136,7 +136,7 @@ def main(log: str) -> int:
     """Take the pipes away from everything that prints or reads, and serve."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # meant for the training
         signal.signal(number, signal.SIG_IGN)
-    os.nice(10)  # the training goes first
+    os.nice(19)  # the training goes first
     requests = os.fdopen(os.dup(0), encoding="utf-8")
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     nothing, said = os.open(os.devnull, os.O_RDONLY), os.open(log, os.O_WRONLY | os.O_APPEND)

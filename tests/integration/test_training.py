@@ -226,6 +226,14 @@ def test_a_checkpoint_of_another_model(runs, world, tmp_path):
     assert one_error(done, "another shape")
 
 
+def test_latent_statistics_of_another_training(runs, world, tmp_path):
+    torch.save({"var": torch.ones(32, 4, 4)}, tmp_path / "stat.pt")
+    done = rae_xla("sample", "--config", world["stage2"], "--ckpt", runs["stage2"], "--out",
+                   tmp_path / "out",
+                   f"stage_1.params.normalization_stat_path={tmp_path / 'stat.pt'}")  # fmt: skip
+    assert one_error(done, r"made with the latent statistics .* cannot be used with")
+
+
 def test_a_results_folder_of_another_run(runs, world):
     done = rae_xla("train", "stage2", "--config", world["stage2"], "--results-dir",
                    runs["stage2"], "training.optimizer.lr=1e-4")  # fmt: skip

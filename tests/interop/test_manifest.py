@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_cases import one_process
+from checkpoint_cases import LinearStage, one_process, save
 from golden_case import GOLDEN
 from rae_cases import build_rae, rae_arguments
 from safetensors.torch import save_file
@@ -20,7 +20,12 @@ import rae_xla
 from rae_xla import RAE, DiTDH
 from rae_xla.config import ModelSpec, RunConfig
 from rae_xla.errors import UserError
-from rae_xla.interop.belonging import check_dit_file, encoder_of, write_statistics_manifest
+from rae_xla.interop.belonging import (
+    check_dit_file,
+    encoder_of,
+    made_in_latents_of,
+    write_statistics_manifest,
+)
 from rae_xla.interop.conversion import open_any, write_as
 from rae_xla.interop.decoder import export_decoder
 from rae_xla.interop.fingerprint import fingerprint
@@ -123,6 +128,18 @@ def test_other_statistics_are_a_mixture(tmp_path: Path) -> None:
     other = build_rae("dinov2", normalization_stat_path=str(tmp_path / "stat.pt"))
     with pytest.raises(UserError, match=r"with the latent statistics .* used with the latent stat"):
         check_dit_file(tmp_path / "dit", other)
+
+
+def test_a_training_checkpoint_knows_what_it_was_trained_with(tmp_path: Path) -> None:
+    class Stage(LinearStage):
+        ties = made_in_latents_of(build_rae("dinov2"), rae_arguments("dinov2"))
+
+    checkpoint = save(tmp_path / "checkpoints", 10, Stage())
+    other = build_rae("dinov2", **other_encoder(tmp_path))
+    for place in (tmp_path, checkpoint.path):
+        check_dit_file(place, build_rae("dinov2"))
+        with pytest.raises(UserError, match=r"with the encoder \w+ \(.*\) cannot be used with"):
+            check_dit_file(place, other)
 
 
 def test_sampling_refuses_the_mixture(tmp_path: Path) -> None:
