@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from rae_xla.cli.options import check_out_folder
 from rae_xla.errors import UserError
+from rae_xla.sample import GENERATED_FILE
 
 if TYPE_CHECKING:
     from rae_xla.sample.pictures import Pixels
     from rae_xla.sample.pipeline import Pipeline
 
-LIST_FILE, GRID_FILE, UNFINISHED = "generated.json", "grid.png", ".unfinished"
+GRID_FILE, UNFINISHED = "grid.png", ".unfinished"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,7 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--classes", metavar="NAME,NAME", help='by name, such as "golden retriever,giant panda"'
     )
     parser.add_argument(
-        "--class-names", metavar="FILE", help="names by label, of a model that is not ImageNet's"
+        "--class-names",
+        metavar="FILE",
+        help="names by label (default: of a run, its data's; of 1,000 classes ImageNet's)",
     )
     parser.add_argument(
         "--num-samples", type=int, default=8, metavar="N", help="pictures in all (default: 8)"
@@ -89,7 +92,7 @@ def _generate(args: argparse.Namespace, model: str) -> int:
     settings = named.sampling_overrides(args.cfg_scale, args.num_steps, args.mode)
     found = find_model(model, [*args.overrides, *settings], args.rae)
     given = read_class_names(args.class_names) if args.class_names else None
-    names = named.names_of_classes(found.config, given)
+    names = named.names_of_classes(found, given)
     labels = named.choose_labels(_classes(args), names, args.num_samples, args.seed)
     if args.batch_size < 1:
         raise UserError("--batch-size must be at least 1")
@@ -138,7 +141,7 @@ def _classes(args: argparse.Namespace) -> list[str | int]:
 def _claim(out: Path) -> None:
     """Refuse a folder with anything in it but what an earlier command of this kind wrote."""
     check_out_folder(out)
-    ours = {LIST_FILE, GRID_FILE, *_written(out)}
+    ours = {GENERATED_FILE, GRID_FILE, *_written(out)}
     others = sorted(p.name for p in out.iterdir() if p.name.removesuffix(UNFINISHED) not in ours)
     if others:
         raise UserError(
@@ -150,7 +153,7 @@ def _claim(out: Path) -> None:
 def _written(out: Path) -> list[str]:
     """The pictures that an earlier command wrote there."""
     try:
-        listed = json.loads((out / LIST_FILE).read_text(encoding="utf-8"))
+        listed = json.loads((out / GENERATED_FILE).read_text(encoding="utf-8"))
         return [str(picture["file"]) for picture in listed["pictures"]]
     except (OSError, ValueError, KeyError, TypeError):
         return []
@@ -182,9 +185,9 @@ def _write(args: argparse.Namespace, pipeline: Pipeline, labels: list[int], pixe
     for old in set(_written(args.out)) - set(files):
         (args.out / old).unlink(missing_ok=True)
     # the list first: if this is interrupted, the next command knows what is whose
-    unfinished = args.out / f"{LIST_FILE}{UNFINISHED}"
+    unfinished = args.out / f"{GENERATED_FILE}{UNFINISHED}"
     unfinished.write_text(json.dumps(listed, indent=1) + "\n", encoding="utf-8")
-    unfinished.replace(args.out / LIST_FILE)
+    unfinished.replace(args.out / GENERATED_FILE)
     for file, picture in zip(files, pixels, strict=True):
         save_png(args.out / file, picture)
     save_png(args.out / GRID_FILE, captioned_grid(pixels, labels, captions))

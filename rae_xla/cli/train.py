@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     from rae_xla.train.survival import EXIT_STOPPED
 
     data = open_training_data(config.data.train, config.data.weights)
-    claim_folder(args.results_dir, config, data.fingerprint)
+    claim_folder(args.results_dir, config, data.fingerprint, data.sources[0].class_names)
     runtime = start(config.runtime, config.mesh, seed=config.training.global_seed)
     outcome = train(config, runtime, data, args.stage, args.results_dir)
     if runtime.process_index == 0:

@@ -6,10 +6,14 @@ import difflib
 import json
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from rae_xla.data import storage
 from rae_xla.errors import UserError
+
+CLASSES_FILE = "classes.json"
+"""In a results folder."""
 
 MOST_CLASSES = 1 << 20
 """A larger label is taken for a mistake rather than for so many classes."""
@@ -69,6 +73,18 @@ def names_for(largest: int, given: tuple[str, ...] | None, where: str) -> tuple[
     return given
 
 
+def record_class_names(folder: Path, names: Sequence[str]) -> None:
+    """Keep the names of a run's classes in its results folder, where they are more than numbers."""
+    if list(names) != [str(label) for label in range(len(names))]:
+        (folder / CLASSES_FILE).write_text(json.dumps(list(names)) + "\n", encoding="utf-8")
+
+
+def recorded_class_names(folder: Path) -> tuple[str, ...] | None:
+    """What ``record_class_names`` kept there."""
+    file = folder / CLASSES_FILE
+    return read_class_names(str(file)) if file.is_file() else None
+
+
 def imagenet_names() -> tuple[str, ...]:
     """The 1,000 classes of ImageNet (ILSVRC 2012) in the order of their labels, in short English
     words, as torchvision's classifiers have them.
@@ -103,7 +119,7 @@ def find_class(word: str, names: Sequence[str]) -> int:
     near = difflib.get_close_matches(wanted.lower(), lower, n=3)
     near += [name for name in lower if wanted.lower() in name and len(wanted) > 2][:3]
     labels = list(dict.fromkeys(map(lower.index, near)))
-    hint = f"near it: {_numbered(labels, names)}" if labels else "give its number instead"
+    hint = f"near it: {_numbered(labels, names)}" if labels else "give its number, or names"
     raise UserError(f"there is no class {wanted!r}; {hint}")
 
 

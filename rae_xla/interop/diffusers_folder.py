@@ -259,7 +259,10 @@ def _check_expressible(content: RAEContent, encoder_type: str) -> None:
         if settings.decoder_config.get(key, value := getattr(theirs_decoder, key)) != value
     ]
     if differing:
-        raise UserError(f"diffusers cannot express this autoencoder: {'; '.join(differing)}")
+        raise UserError(
+            f"diffusers cannot express this autoencoder: {'; '.join(differing)}. It builds the "
+            "published sizes alone; `rae-xla convert --to pretrained` writes any (docs/interop.md)"
+        )
 
 
 def _check_positions(table: Tensor) -> None:

@@ -149,8 +149,9 @@ def check_parts(manifest: Manifest, actual: Mapping[str, Part], where: str | Pat
         where: what to call them in errors.
 
     Raises:
-        UserError: a part is another one than the manifest says, or was made with another one;
-            both are named.
+        UserError: a part is another one than the manifest says, or was made with another one, or
+            a diffusion transformer with latent statistics where there are none, or without; both
+            are named.
     """
     for kind, said in manifest.parts.items():
         found = actual.get(kind)
@@ -160,6 +161,8 @@ def check_parts(manifest: Manifest, actual: Mapping[str, Part], where: str | Pat
                 f"{said}, here is {found}. {_advice()}"
             )
     for kind, needs in manifest.made_with.items():
+        if kind == "dit" and needs and "encoder" in actual:
+            _check_statistics(needs.get("statistics"), actual.get("statistics"), where)
         for other, said in needs.items():
             found = actual.get(other)
             if found is not None and found.sha256 != said.sha256:
@@ -167,6 +170,21 @@ def check_parts(manifest: Manifest, actual: Mapping[str, Part], where: str | Pat
                     f"{where}: {_WORDS[kind]} made with the {_WORDS[other]} {said} cannot be used "
                     f"with the {_WORDS[other]} {found}. {_advice()}"
                 )
+
+
+def _check_statistics(said: Part | None, found: Part | None, where: str | Path) -> None:
+    """See that an autoencoder has latent statistics if a diffusion transformer had them."""
+    if said is not None and found is None:
+        raise UserError(
+            f"{where}: {_WORDS['dit']} made with the {_WORDS['statistics']} {said}, and the "
+            "autoencoder has none: give it them (stage_1.params.normalization_stat_path, or "
+            f"`rae-xla convert --stats FILE` when it is converted). {_advice()}"
+        )
+    if said is None and found is not None:
+        raise UserError(
+            f"{where}: {_WORDS['dit']} made without {_WORDS['statistics']} cannot be used with an "
+            f"autoencoder that has them, {found}. {_advice()}"
+        )
 
 
 def _advice() -> str:

@@ -97,11 +97,17 @@ def _write(path: Path, write: Callable[[Path], None]) -> None:
         raise UserError(f"{path} cannot be written: {reason}") from error
 
 
+_MADE_BY = {
+    "normalization_stat_path": "; `rae-xla stats` writes one (stage_1.params)",
+    "pretrained_decoder_path": "; `rae-xla export decoder` writes one (stage_1.params)",
+}
+
+
 def _must_exist(path: Path, what: str) -> None:
     if path.is_dir():
         raise UserError(f"{what}: {path} is a folder; give a file")
     if not path.is_file():
-        raise UserError(f"{what}: there is no file {path}")
+        raise UserError(f"{what}: there is no file {path}{_MADE_BY.get(what, '')}")
 
 
 def load_strict(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import yaml
 
+from rae_xla.data.class_names import recorded_class_names
 from rae_xla.errors import UserError
 from rae_xla.interop.checkpoint_tensors import find_weights
 from rae_xla.interop.dit_settings import CLASSES
@@ -39,11 +40,13 @@ class Found:
         saved: the folder or hub id that ``save_pretrained`` wrote; None where ``config`` names the
             weights.
         rae: the autoencoder of ``saved``.
+        class_names: by label, of the data it was trained on, where they are known.
     """
 
     config: RunConfig
     saved: str | None = None
     rae: str | None = None
+    class_names: tuple[str, ...] | None = None
 
     def load(self, runtime: Runtime) -> ImageSampler:
         """Build it from files that are here (``with_files``) and place it on the devices.
@@ -98,11 +101,11 @@ def find_model(
             f"what save_pretrained wrote; {nearest(str(model), list(GENERATORS))}"
         )
     # what the run was started from may stand in its configuration; what it has trained is drawn
+    if load_config(path / "config.yaml").stage_2 is None:
+        raise UserError(f"{path} is a run of stage 1, a decoder's: give one of stage 2")
     trained = f"stage_2.ckpt={find_weights(path, '--model')}"
     config = load_config(path / "config.yaml", [trained, *overrides])
-    if config.stage_2 is None:
-        raise UserError(f"{path} is a run of stage 1: give one of stage 2")
-    return Found(config)
+    return Found(config, class_names=recorded_class_names(path))
 
 
 def with_files(found: Found) -> Found:
@@ -112,7 +115,7 @@ def with_files(found: Found) -> Found:
         UserError: something could not be had from the hub.
     """
     if found.saved is None:
-        return Found(fetch(found.config))
+        return replace(found, config=fetch(found.config))
     return replace(found, saved=str(local_folder(found.saved, _WEIGHTS)))
 
 

@@ -123,7 +123,7 @@ def load_pipeline(
     """
     settings = sampling_overrides(cfg_scale, num_steps, mode)
     found = find_model(model, [*overrides, *settings], rae)
-    return build_pipeline(found, names_of_classes(found.config, class_names))
+    return build_pipeline(found, names_of_classes(found, class_names))
 
 
 def build_pipeline(found: Found, class_names: tuple[str, ...]) -> Pipeline:
@@ -185,15 +185,19 @@ def sampling_overrides(
     return settings
 
 
-def names_of_classes(config: RunConfig, given: Sequence[str] | None = None) -> tuple[str, ...]:
-    """The names of a model's classes by label: those given, ImageNet's, or numbers.
+def names_of_classes(found: Found, given: Sequence[str] | None = None) -> tuple[str, ...]:
+    """The names of a model's classes by label: those given, ImageNet's for a thousand, those of
+    the data it was trained on, or numbers.
 
     Raises:
         UserError: more or fewer names were given than there are classes.
     """
-    count = config.misc.num_classes
+    count = found.config.misc.num_classes
+    if given is None and count == IMAGENET:
+        return imagenet_names()
     if given is None:
-        return imagenet_names() if count == IMAGENET else tuple(map(str, range(count)))
+        own = found.class_names
+        return own if own is not None and len(own) == count else tuple(map(str, range(count)))
     if len(given) != count:
         raise UserError(f"{len(given)} class names were given; the model has {count} classes")
     return tuple(given)

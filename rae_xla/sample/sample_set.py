@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from rae_xla.config.sections import DcnMesh, IciMesh, MeshConfig
 from rae_xla.errors import UserError
+from rae_xla.sample import GENERATED_FILE
 from rae_xla.sample.generate import Drawn, ImageSampler
 from rae_xla.sample.picture_files import PictureFiles, PictureWriter, decode_png, write_npz
 from rae_xla.sample.pictures import Pixels, pad_rows, save_png, to_grid
@@ -72,6 +73,8 @@ def claim_set(
 def _claim(out: Path, settings: dict[str, Any]) -> str:
     """Write the settings unless others hold the folder; what is wrong, or nothing."""
     path = out / SETTINGS_FILE
+    if (out / GENERATED_FILE).exists():
+        return f"{out} has pictures of `rae-xla generate` in it: give another --out"
     if path.exists():
         theirs = _OLD_SETTINGS | json.loads(path.read_text(encoding="utf-8"))
         changed = [name for name in settings if theirs.get(name) != settings[name]]

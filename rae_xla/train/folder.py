@@ -1,15 +1,18 @@
 """A results folder: `config.yaml`, `data.txt`, `metrics.jsonl`, `environment.jsonl`,
-`bad_samples.jsonl`, `samples/`, and `checkpoints/` unless `checkpoint.dir` is elsewhere.
+`bad_samples.jsonl`, `classes.json`, `samples/`, and `checkpoints/` unless `checkpoint.dir` is
+elsewhere.
 """
 
 from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rae_xla.config import RunConfig, load_config
+from rae_xla.data.class_names import record_class_names
 from rae_xla.errors import UserError
 from rae_xla.interop.checkpoint_folder import (
     BrokenCheckpointError,
@@ -28,7 +31,9 @@ def bad_samples_file(process_index: int) -> str:
     return "bad_samples.jsonl" if process_index == 0 else f"bad_samples.{process_index}.jsonl"
 
 
-def claim_folder(folder: Path, config: RunConfig, data: str) -> None:
+def claim_folder(
+    folder: Path, config: RunConfig, data: str, class_names: Sequence[str] = ()
+) -> None:
     """Make the folder this run's, or check that it is already.
 
     A run that has no checkpoint yet has nothing to lose, and another may take its folder. What the
@@ -38,6 +43,7 @@ def claim_folder(folder: Path, config: RunConfig, data: str) -> None:
         folder: the results folder.
         config: of the run.
         data: the fingerprint of its training shards, wherever they lie.
+        class_names: theirs, by label; kept for those who draw from the run.
 
     Raises:
         UserError: when it holds another run, when the run must not be resumed, or when it cannot
@@ -71,6 +77,7 @@ def claim_folder(folder: Path, config: RunConfig, data: str) -> None:
     try:
         config.save(saved)
         known.write_text(data + "\n", encoding="utf-8")
+        record_class_names(folder, class_names)
     except OSError as error:
         raise UserError(f"cannot write to the results folder {folder}: {error}") from error
 

@@ -1,5 +1,6 @@
 """Both stages through the command line, on plain torch: training, killing, resuming, misuse."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -224,6 +225,34 @@ def test_a_checkpoint_of_another_model(runs, world, tmp_path):
     done = rae_xla("sample", "--config", world["stage2"], "--ckpt", runs["stage2"], "--out",
                    tmp_path / "out", "stage_2.params.hidden_size=[64,48]")  # fmt: skip
     assert one_error(done, "another shape")
+
+
+def test_an_autoencoder_where_a_transformer_is_wanted(runs, world, tmp_path):
+    done = rae_xla("sample", "--config", world["stage2"], "--ckpt", runs["stage1"], "--out",
+                   tmp_path / "out")  # fmt: skip
+    assert one_error(done, r"\(\d+\)\. This is an autoencoder's, of stage 1: give a checkpoint of")
+    done = rae_xla("generate", "--model", runs["stage1"], "--out", tmp_path / "pictures")
+    assert one_error(done, "is a run of stage 1, a decoder's: give one of stage 2")
+
+
+def test_a_run_knows_the_names_of_its_classes(runs, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(runs["stage2"], run)
+    (run / "classes.json").write_text(json.dumps(["circle", "cross", "square", "star"]))
+    done = rae_xla("generate", "--model", run, "--classes", "square", "--num-samples", 1,
+                   "--out", tmp_path / "out")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out/000-square.png").is_file()
+    done = rae_xla("generate", "--model", run, "--classes", "squares", "--num-samples", 1,
+                   "--out", tmp_path / "out")  # fmt: skip
+    assert one_error(done, r"there is no class 'squares'; near it: square \(2\)")
+
+
+def test_a_sample_set_is_not_mixed_with_generated_pictures(world, runs, tmp_path):
+    (tmp_path / "generated.json").write_text("{}")
+    done = rae_xla("sample", "--config", world["stage2"], "--ckpt", runs["stage2"], "--out",
+                   tmp_path)  # fmt: skip
+    assert one_error(done, "has pictures of `rae-xla generate` in it: give another --out")
 
 
 def test_latent_statistics_of_another_training(runs, world, tmp_path):

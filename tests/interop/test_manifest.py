@@ -130,6 +130,19 @@ def test_other_statistics_are_a_mixture(tmp_path: Path) -> None:
         check_dit_file(tmp_path / "dit", other)
 
 
+def test_missing_statistics_are_a_mixture_and_so_are_needless_ones(tmp_path: Path) -> None:
+    rae, bare = build_rae("dinov2"), build_rae("dinov2", normalization_stat_path=None)
+    DiTDH(**TINY_DIT).save_pretrained(tmp_path / "dit", rae=rae)
+    with pytest.raises(UserError, match=r"the autoencoder has none: give it them .* --stats"):
+        check_dit_file(tmp_path / "dit", bare)
+    with pytest.raises(UserError, match="the autoencoder has none"):
+        DiTDH.from_pretrained(tmp_path / "dit", rae=bare)
+    DiTDH(**TINY_DIT).save_pretrained(tmp_path / "plain", rae=bare)
+    DiTDH.from_pretrained(tmp_path / "plain", rae=bare)
+    with pytest.raises(UserError, match="made without latent statistics cannot be used"):
+        DiTDH.from_pretrained(tmp_path / "plain", rae=rae)
+
+
 def test_a_training_checkpoint_knows_what_it_was_trained_with(tmp_path: Path) -> None:
     class Stage(LinearStage):
         ties = made_in_latents_of(build_rae("dinov2"), rae_arguments("dinov2"))

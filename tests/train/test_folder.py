@@ -7,6 +7,7 @@ import pytest
 from checkpoint_cases import save
 
 from rae_xla.config import RunConfig, load_config
+from rae_xla.data.class_names import recorded_class_names
 from rae_xla.errors import UserError
 from rae_xla.train.folder import claim_folder
 
@@ -21,6 +22,13 @@ def test_it_is_made_and_says_what_the_run_is(tmp_path):
     claim_folder(tmp_path / "new/run", CONFIG, "data")
     assert load_config(str(tmp_path / "new/run/config.yaml")).diff(CONFIG) == []
     assert (tmp_path / "new/run/data.txt").read_text() == "data\n"
+
+
+def test_it_keeps_the_names_of_the_classes_where_they_are_names(tmp_path):
+    claim_folder(tmp_path / "digits", CONFIG, "data", ["0", "1", "2"])
+    assert recorded_class_names(tmp_path / "digits") is None
+    claim_folder(tmp_path / "shapes", CONFIG, "data", ["circle", "square"])
+    assert recorded_class_names(tmp_path / "shapes") == ("circle", "square")
 
 
 def test_without_checkpoints_it_may_be_anothers(tmp_path):
