@@ -116,9 +116,18 @@ def first(world, four):
     return measure(world, four, num_images=IMAGES)
 
 
+def same_numbers(found, expected):
+    """To 1e-6. The distance of these random features is 61, so 1e-6 of it would be less than the
+    float32 they are computed in can tell: to 1e-7 of itself (measured: 2.3e-8).
+    """
+    found, expected = dict(found), dict(expected)
+    assert found.pop("rfid") == pytest.approx(expected.pop("rfid"), rel=1e-7)
+    assert found == pytest.approx(expected, rel=0, abs=1e-6)
+
+
 def test_neither_the_batch_nor_the_devices_change_a_number(expected, first):
     assert tuple(first.metrics) == RECON_METRICS
-    assert first.metrics == pytest.approx(expected["recon"], rel=0, abs=1e-6)
+    same_numbers(first.metrics, expected["recon"])
 
 
 def test_nor_do_they_of_samples(world, four, expected):
@@ -142,7 +151,7 @@ def test_nor_does_another_mesh(world, expected):
     assert done.returncode == 0, done.stderr
     assert "on 4 XLA devices" in done.stdout
     found = values(world["folder"] / "recon.json")
-    assert found == pytest.approx(expected["recon"], rel=0, abs=1e-6)
+    same_numbers(found, expected["recon"])
 
 
 @slow
