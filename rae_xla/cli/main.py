@@ -27,7 +27,7 @@ VERBS = {
     "generate": "draw pictures of named classes; downloads the published models",
     "sample": "draw images from a trained diffusion transformer",
     "reconstruct": "send images through an autoencoder and back",
-    "evaluate": "measure reconstructions, or compare decoders",
+    "evaluate": "measure generated images or reconstructions, compare decoders",
     "checkpoints": "list, verify, export or prune what a run has saved",
     "convert": "weights from one layout to another: published, diffusers, safetensors, ours",
     "export": "write a trained model as files of the published layout",
