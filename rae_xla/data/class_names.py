@@ -82,7 +82,7 @@ def record_class_names(folder: Path, names: Sequence[str]) -> None:
 def recorded_class_names(folder: Path) -> tuple[str, ...] | None:
     """What ``record_class_names`` kept there."""
     file = folder / CLASSES_FILE
-    return read_class_names(str(file)) if file.is_file() else None
+    return tuple(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
 
 
 def imagenet_names() -> tuple[str, ...]:
