@@ -13,7 +13,6 @@ from __future__ import annotations
 import operator
 import statistics
 import tempfile
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,8 +24,6 @@ from world import SCALES
 from rae_xla.config.sections import MeshConfig
 from rae_xla.runtime import start
 from rae_xla.sample.generate import ImageSampler
-
-Compile = Callable[[Any], Any]
 
 
 def modes(on_gpu: bool) -> dict[str, tuple[torch.memory_format, str | None]]:

@@ -100,7 +100,6 @@ def written(out):
 @pytest.mark.slow
 @pytest.mark.xla
 @needs_xla
-@pytest.mark.xfail(reason="latents differ by 5e-7, which decides a level of some pixel")
 def test_on_one_and_on_four_xla_devices(world, whole):
     sets = []
     for devices in (1, 4):
