@@ -125,7 +125,7 @@ xla = importlib.util.find_spec("torch_xla") and __import__("torch_xla").__versio
 print(f"rae_xla {rae_xla.__version__}, torch {torch.__version__}, torch_xla {xla or chr(45)}")
 '
 [[ -n $had_fingerprint ]] ||
-    say "about 3 GB to download and 7 GB on disk, most of it torch: some minutes"
+    say "about 3 GB to download and 9 GB on disk, most of it torch: some minutes"
 work "build backend" "${install[@]}" setuptools
 work "packages" "${install[@]}" --no-build-isolation --editable ".[$extras]"
 work "first import" "$venv/bin/python" -c "$first_import"

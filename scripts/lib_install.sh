@@ -94,9 +94,9 @@ make_venv() {
 }
 
 # work NAME COMMAND...: a step that may take minutes. Its output goes to $log; every quarter of a
-# minute a line tells how far it is.
+# minute a line tells how far it is, by what its output says if that is anything new.
 work() {
-    local name=$1 begin=$SECONDS beat=15 job
+    local name=$1 begin=$SECONDS beat=15 job line='' now
     shift
     # shellcheck disable=SC2154  # install_spmd.sh says where the log is
     "$@" >>"$log" 2>&1 </dev/null &
@@ -106,7 +106,9 @@ work() {
     while kill -0 "$job" 2>/dev/null; do
         sleep 0.1
         if ((SECONDS - begin >= beat)); then
-            say "  $name, $beat s: $(tail -n 1 "$log" | cut -c 1-80)"
+            now=$(tail -n 1 "$log" | cut -c 1-80)
+            [[ $now != "$line" ]] && line=$now || now="still at that"
+            say "  $name, $beat s: $now"
             beat=$((beat + 15))
         fi
     done

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
 import yaml
 from rae_cases import rae_arguments
@@ -10,6 +11,7 @@ from rae_xla.config import load_config
 from rae_xla.registry import instantiate
 
 CLASSES = 4
+COUNT = 200
 
 
 def make_world(folder: Path) -> Path:
@@ -53,3 +55,18 @@ def _write_weights(spec, seed: int) -> None:
         if parameter.dim() > 1:
             parameter.normal_(std=0.1, generator=generator)
     torch.save(network.state_dict(), spec.ckpt)
+
+
+def command(world, out, *more):
+    """``rae-xla sample`` of COUNT pictures, for the world's folder and configuration."""
+    return (
+        "sample", "--config", world["config"], "--out", world["folder"] / out, "--num-samples",
+        COUNT, "--seed", 3, "guidance.scale=1.5", "guidance.t_max=0.7", *more,
+    )  # fmt: skip
+
+
+def pictures(world, out):
+    """(COUNT, H, W, 3) uint8: what that has drawn."""
+    with np.load(world["folder"] / out / "samples.npz") as arrays:
+        assert arrays["labels"].tolist() == sorted(list(range(CLASSES)) * (COUNT // CLASSES))
+        return arrays["arr_0"]

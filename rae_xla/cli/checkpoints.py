@@ -64,9 +64,10 @@ def _list(args: argparse.Namespace) -> int:
             continue
         size = sum(file["size"] for file in manifest["files"].values())
         origin = manifest["written_by"]
+        processes = f"{origin['processes']} process{'es' * (origin['processes'] > 1)}"
         print(
             f"{checkpoint}  {size / 1e6:,.1f} MB  {manifest['written_at']}  "
-            f"{origin['backend']}, {origin['mesh']}, {origin['processes']} processes  "
+            f"{origin['backend']}, {origin['mesh']}, {processes}  "
             f"{manifest['code']}"
         )
     return 0

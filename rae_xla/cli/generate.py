@@ -82,9 +82,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _generate(args: argparse.Namespace, model: str) -> int:
-    from tqdm import tqdm
-
     from rae_xla.data.class_names import read_class_names
+    from rae_xla.progress import progress_bar
     from rae_xla.sample import pipeline as named
     from rae_xla.sample.find_model import find_model
 
@@ -102,7 +101,7 @@ def _generate(args: argparse.Namespace, model: str) -> int:
     if speaks:
         how = f"{guidance.method} {guidance.scale:g}" if guidance.scale > 1 else "no guidance"
         print(f"{len(labels)} pictures, {how}, seed {args.seed}, on {runtime.description}")
-    with tqdm(desc="draw", unit="step", disable=not speaks) as bar:
+    with progress_bar(desc="draw", unit="step", disable=not speaks) as bar:
 
         def report(done: int, steps: int) -> None:
             bar.total = steps

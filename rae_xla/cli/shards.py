@@ -8,8 +8,6 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 
-from tqdm import tqdm
-
 from rae_xla.data.class_names import read_class_names
 from rae_xla.data.encoding import Encoding, ShardSample
 from rae_xla.data.foreign_shards import index_shards
@@ -20,6 +18,7 @@ from rae_xla.data.shard_stats import LOOKED_AT, report, shard_stats
 from rae_xla.data.shards import SHARD_BYTES, make_shards, verify
 from rae_xla.data.sources import open_source
 from rae_xla.errors import UserError
+from rae_xla.progress import progress_bar
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -160,7 +159,7 @@ def _make(args: argparse.Namespace) -> int:
         def shown(samples: Iterator[ShardSample], done: int) -> Iterable[ShardSample]:
             if done:
                 print(f"{args.out}: going on after {done:,} images", file=sys.stderr)
-            bar = tqdm(
+            bar = progress_bar(
                 samples, initial=done, total=len(source), desc="writing shards", unit="image"
             )
             return stack.enter_context(bar)
@@ -177,7 +176,7 @@ def _make(args: argparse.Namespace) -> int:
 
 
 def _index(args: argparse.Namespace) -> int:
-    with tqdm(desc="indexing", unit="B", unit_scale=True) as bar:
+    with progress_bar(desc="indexing", unit="B", unit_scale=True) as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total
@@ -196,7 +195,7 @@ def _index(args: argparse.Namespace) -> int:
 
 def _verify(args: argparse.Namespace) -> int:
     index = read_index(args.out)
-    with tqdm(total=len(index), desc="verifying", unit="image") as bar:
+    with progress_bar(total=len(index), desc="verifying", unit="image") as bar:
         faults = verify(args.out, progress=bar.update, workers=args.workers)
     for fault in faults:
         print(f"fault: {fault}")

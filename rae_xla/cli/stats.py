@@ -36,8 +36,6 @@ def run(args: argparse.Namespace) -> int:
 
     check_out_file(args.out)
 
-    from tqdm import tqdm
-
     from rae_xla.data.shards import open_index
     from rae_xla.data.stream import one_pass
     from rae_xla.data.transforms import CenterCrop
@@ -45,6 +43,7 @@ def run(args: argparse.Namespace) -> int:
     from rae_xla.interop.belonging import encoder_of, write_statistics_manifest
     from rae_xla.models.rae import RAE
     from rae_xla.models.weights import write_torch_file
+    from rae_xla.progress import progress_bar
     from rae_xla.registry import instantiate
     from rae_xla.runtime import start
 
@@ -68,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"statistics of {len(index)} images on {runtime.description}")
     total = -(-len(index) // batch_size)
     moments = latent_moments(
-        rae, runtime, tqdm(batches, total=total, unit="batch", disable=not speaks)
+        rae, runtime, progress_bar(batches, total=total, unit="batch", disable=not speaks)
     )
     if speaks:
         mean, var = moments.mean.float(), moments.variance.float()

@@ -88,13 +88,16 @@ def report(stats: ShardStats) -> str:
     """The statistics as lines for people."""
     total, classes = len(stats.image_bytes), len(stats.per_class)
     fewest, most = (int(f(stats.per_class)) for f in (np.argmin, np.argmax))
+    per_class = f"{stats.per_class[most]:,} of each"
+    if stats.per_class[fewest] < stats.per_class[most]:
+        names = stats.class_names
+        per_class = f"{_spread(stats.per_class)} (fewest: {names[fewest]}, most: {names[most]})"
     lines = [
         f"{stats.folder}",
         f"images            {total:,}",
         f"classes           {classes:,} ({np.count_nonzero(stats.per_class):,} with images)",
         f"shards            {len(stats.shard_bytes):,}, {stats.shard_bytes.sum() / 1e6:,.1f} MB",
-        f"images per class  {_spread(stats.per_class)} (fewest: {stats.class_names[fewest]}, "
-        f"most: {stats.class_names[most]})",
+        f"images per class  {per_class}",
         f"kB per image      {_spread(stats.image_bytes / 1e3, 1)}",
         f"MB per shard      {_spread(stats.shard_bytes / 1e6, 1)}",
         f"of {stats.looked_at:,} images looked at",

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from rae_xla.errors import UserError
 from rae_xla.evaluate.chunks import chunk_rows, on_devices
@@ -23,6 +22,7 @@ from rae_xla.evaluate.reference import Reference
 from rae_xla.interop.checkpoint_tensors import open_weights
 from rae_xla.models.rae import RAE
 from rae_xla.models.weights import load_strict
+from rae_xla.progress import progress_bar
 from rae_xla.runtime import Batch, Runtime
 from rae_xla.sample.pictures import Pixels, to_grid, to_pixels
 from rae_xla.sample.reconstruct import with_decoder
@@ -159,7 +159,8 @@ def compare_decoders(
     total = -(-len(latents) // rows)
     quiet = runtime.process_index != 0
     seen = 0
-    for part, chunk in tqdm(on_devices(runtime, parts), total=total, unit="chunk", disable=quiet):
+    chunks = on_devices(runtime, parts)
+    for part, chunk in progress_bar(chunks, total=total, unit="chunk", disable=quiet):
         made = {name: decode[name](chunk) for name in names}
         results: dict[str, Batch] = {name: {"pixels": made[name]} for name in names}
         if features is not None:

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from rae_xla.errors import UserError
 from rae_xla.evaluate.chunks import chunk_rows, own_rows
@@ -27,6 +26,7 @@ from rae_xla.evaluate.inception_score import ScoreStream, adm_splits, fidelity_s
 from rae_xla.evaluate.manifold import NEIGHBOURS, precision_recall
 from rae_xla.evaluate.picture_sets import PictureSet
 from rae_xla.evaluate.reference import Reference
+from rae_xla.progress import progress_bar
 from rae_xla.runtime import Batch, Runtime
 from rae_xla.sample.pictures import Pixels
 
@@ -211,7 +211,7 @@ def measure(
 
     rows, own = chunk_rows(runtime), own_rows(runtime)
     starts = range(0, pictures.count, rows)
-    bar = tqdm(
+    bar = progress_bar(
         zip(starts, pictures.chunks(rows, own), strict=True),
         total=len(starts),
         unit="chunk",

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from rae_xla.config.check import RECON_METRICS
 from rae_xla.data.index import ShardIndex
@@ -31,6 +30,7 @@ from rae_xla.evaluate.inception import FeatureNetwork
 from rae_xla.evaluate.reference import Reference, originals
 from rae_xla.models.lpips import LPIPS
 from rae_xla.models.rae import RAE
+from rae_xla.progress import progress_bar
 from rae_xla.runtime import Batch, Runtime
 from rae_xla.sample.pictures import Pixels, to_pixels, to_unit
 
@@ -135,7 +135,7 @@ def evaluate_reconstruction(
     )
     groups = _groups(chunks, -(-batch_size // rows))
     total = -(-len(index) // rows)
-    with _eval_mode(rae), tqdm(total=total, unit="chunk", disable=not progress) as bar:
+    with _eval_mode(rae), progress_bar(total=total, unit="chunk", disable=not progress) as bar:
         running: list[Chunk] = []
         for group in chain(groups, [[]]):
             done = [(host, runtime.to_host(made)) for host, made in running]

@@ -18,12 +18,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
-
-from tqdm import tqdm
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from rae_xla.data import storage
 from rae_xla.errors import UserError
+from rae_xla.progress import progress_bar
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 MANIFEST = "manifest.json"
 TIES = "belongs_with"
@@ -122,10 +124,12 @@ def newest_checkpoint(path: str | Path) -> Checkpoint:
     """The newest of ``find_checkpoints``.
 
     Raises:
-        UserError: there is none, or the place cannot be reached.
+        UserError: there is none, no such folder, or the place cannot be reached.
     """
     found = find_checkpoints(path)
     if not found:
+        if not storage.is_remote(str(path)) and not Path(path).expanduser().exists():
+            raise UserError(f"there is no {path}, so no checkpoint either")
         raise UserError(
             f"{path} holds no checkpoint: give a folder step-…, the folder of such folders, or a "
             "results folder"
@@ -194,7 +198,7 @@ def verify(
     chosen = files[share[0] :: share[1]]
     total = sum(manifest["files"][name]["size"] for name in chosen)
     with (
-        tqdm(
+        progress_bar(
             total=total, desc=f"check {storage.split(checkpoint.path)[1]}", unit="B",
             unit_scale=True, disable=total < _SHOWN_FROM, leave=False,
         ) as bar,

@@ -49,6 +49,13 @@ if TYPE_CHECKING:
     from rae_xla.config import MeshConfig
 
 
+LEAST_THREADS = 8
+"""Of XLA on a CPU, which adds up a product in an order that depends on how many threads it has: as
+many as there are cores, or devices if those are more. So they are as many with one device as with
+eight, and so are the bits of what comes out.
+"""
+
+
 def on_tpu() -> bool:
     """Whether this machine has TPU chips."""
     return tpu.num_available_chips() > 0
@@ -73,6 +80,8 @@ class XLARuntime(WholeBatch):
     ) -> None:
         if not on_tpu():
             os.environ.setdefault("PJRT_DEVICE", "CPU")
+            threads = max(LEAST_THREADS, os.cpu_count() or 1)
+            os.environ.setdefault("PJRT_NPROC", str(threads))
             if devices is not None:
                 os.environ["CPU_NUM_DEVICES"] = str(devices)
         if compile_cache:
@@ -96,9 +105,8 @@ class XLARuntime(WholeBatch):
         self.choose_attention(attention, tpu=on_tpu())
         if precision == "fp32":  # a TPU's default is one bf16 pass
             torch_xla.backends.set_mat_mul_precision("highest")
-        self.description = (
-            f"{count} XLA devices ({xr.device_type()}), mesh {self.mesh}, {precision}"
-        )
+        devices_here = f"{count} XLA device{'s' * (count > 1)} ({xr.device_type()})"
+        self.description = f"{devices_here}, mesh {self.mesh}, {precision}"
         torch.manual_seed(seed)
 
     def choose_attention(self, setting: str, *, tpu: bool) -> None:

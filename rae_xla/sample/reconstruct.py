@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from rae_xla.data.transforms import center_crop, to_rgb
 from rae_xla.errors import UserError
 from rae_xla.models.rae import RAE
+from rae_xla.progress import progress_bar
 from rae_xla.runtime import Runtime
 from rae_xla.sample.pictures import Pixels, save_png, to_grid, to_pixels, to_unit
 from rae_xla.sample.rows import collect_rows, share_rows
@@ -93,7 +93,7 @@ def reconstruct_files(
     shown: list[tuple[Pixels, Pixels]] = []
     ratios: list[float] = []
     writes = runtime.process_index == 0
-    for start in tqdm(range(0, len(images), batch), unit="batch", disable=not writes):
+    for start in progress_bar(range(0, len(images), batch), unit="batch", disable=not writes):
         chosen = images[start : start + batch]
         read = [read_image(path, size) for path in chosen]
         rows = np.stack(read + read[-1:] * (batch - len(read)))

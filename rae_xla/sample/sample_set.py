@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from rae_xla.config.sections import DcnMesh, IciMesh, MeshConfig
 from rae_xla.errors import UserError
+from rae_xla.progress import progress_bar
 from rae_xla.sample import GENERATED_FILE
 from rae_xla.sample.generate import Drawn, ImageSampler
 from rae_xla.sample.picture_files import PictureFiles, PictureWriter, decode_png, write_npz
@@ -186,7 +186,7 @@ def _draw(
     speaks = runtime.process_index == 0
     with (
         PictureWriter(workers) as writer,
-        tqdm(total=len(labels), initial=done, unit="image", disable=not speaks) as bar,
+        progress_bar(total=len(labels), initial=done, unit="image", disable=not speaks) as bar,
     ):
         for some in rounds:
             rows, fresh = _rows_of(some, size, wanted, parts)

@@ -176,9 +176,10 @@ def _train_from(
         if speaks:
             bad.say = tracker.say
         watchdog.tell = tracker.stalled
+        begins_at = f" of {beginning.checkpoint}" if beginning.checkpoint else ""
         tracker.say(
             f"{stage_name} on {runtime.description}: {plan.total} steps of {batch} images, "
-            f"{plan.per_epoch} to an epoch, from step {state.step}"
+            f"{plan.per_epoch} to an epoch, from step {state.step}{begins_at}"
         )
         if len(data.sources) > 1:
             tracker.say(data.shares(batch))

@@ -52,6 +52,12 @@ class Stage1:
     ) -> None:
         if config.stage_1 is None:
             raise UserError("stage 1 trains the decoder of a stage_1 section, and there is none")
+        if config.stage_2 is not None:
+            raise UserError(
+                "this is the configuration of a diffusion transformer (it has a stage_2 section), "
+                "and stage 1 trains a decoder: `rae-xla train stage2` is meant, or the "
+                "configuration without that section (stage_2=null)"
+            )
         self._config, self._runtime = config, runtime
         self._gan = config.gan or GanConfig()
         self._rae = cast("RAE", instantiate(config.stage_1)).train()

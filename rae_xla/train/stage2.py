@@ -42,7 +42,10 @@ class Stage2:
         self, config: RunConfig, runtime: Runtime, data: Mixture | None, steps_per_epoch: int
     ) -> None:
         if config.stage_1 is None or config.stage_2 is None:
-            raise UserError("stage 2 needs both a stage_1 section (the RAE) and a stage_2 section")
+            raise UserError(
+                "stage 2 needs both a stage_1 section (the RAE) and a stage_2 section (the "
+                "diffusion transformer); with the first alone, `rae-xla train stage1` is meant"
+            )
         if data is not None:
             data.check_labels(config.misc.num_classes)
         self._config, self._runtime = config, runtime

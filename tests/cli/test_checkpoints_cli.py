@@ -27,7 +27,7 @@ def test_list_and_verify(run, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3
     assert "step-00000010  " in lines[0]
-    assert "torch, data=1 x fsdp=1, 1 processes" in lines[0]
+    assert "torch, data=1 x fsdp=1, 1 process" in lines[0]
     assert cli.main(["checkpoints", "verify", str(run)]) == 0
     break_newest(run)
     capsys.readouterr()
@@ -86,3 +86,5 @@ def test_prune_deletes_nothing_where_nothing_is_whole(run, capsys):
 def test_where_there_is_none(tmp_path, capsys):
     assert cli.main(["checkpoints", "list", str(tmp_path)]) == 2
     assert "holds no checkpoint" in capsys.readouterr().err
+    assert cli.main(["checkpoints", "list", str(tmp_path / "typo")]) == 2
+    assert f"there is no {tmp_path / 'typo'}" in capsys.readouterr().err

@@ -1,6 +1,5 @@
 """The same 200 pictures, to the bit, however they are drawn."""
 
-import importlib.util
 import json
 import signal
 import subprocess
@@ -9,32 +8,14 @@ import time
 
 import numpy as np
 import pytest
-from sampling_world import make_world
+from sampling_world import COUNT, command, make_world, pictures
 from tiny import environment, rae_xla, rae_xla_processes
-
-COUNT = 200
-needs_xla = pytest.mark.skipif(
-    importlib.util.find_spec("torch_xla") is None, reason="torch_xla is not installed"
-)
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     return {"folder": folder, "config": make_world(folder)}
-
-
-def command(world, out, *more):
-    return (
-        "sample", "--config", world["config"], "--out", world["folder"] / out, "--num-samples",
-        COUNT, "--seed", 3, "guidance.scale=1.5", "guidance.t_max=0.7", *more,
-    )  # fmt: skip
-
-
-def pictures(world, out):
-    with np.load(world["folder"] / out / "samples.npz") as arrays:
-        assert arrays["labels"].tolist() == sorted(list(range(4)) * (COUNT // 4))
-        return arrays["arr_0"]
 
 
 @pytest.fixture(scope="module")
@@ -95,21 +76,6 @@ def test_killed_twice_on_the_way(world, whole):
 def written(out):
     """The pictures that are there, and when each was written."""
     return {path.name: path.stat().st_mtime_ns for path in out.glob("0*.png")}
-
-
-@pytest.mark.slow
-@pytest.mark.xla
-@needs_xla
-def test_on_one_and_on_four_xla_devices(world, whole):
-    sets = []
-    for devices in (1, 4):
-        where = ["runtime.backend=xla", f"runtime.devices={devices}"]
-        done = rae_xla(*command(world, f"xla-{devices}", *where))
-        assert done.returncode == 0, done.stderr
-        sets.append(pictures(world, f"xla-{devices}"))
-    assert np.array_equal(*sets)
-    # other kernels than torch's, which round differently
-    assert np.abs(sets[0].astype(int) - whole).max() <= 1
 
 
 def test_a_folder_with_pictures_of_other_settings_is_refused(world, whole):

@@ -86,6 +86,14 @@ def test_killed_and_restarted_a_run_ends_with_the_same_bits(runs, world, stage):
     same_bits(runs[stage], folder)
 
 
+@pytest.mark.parametrize(("stage", "meant"), [("stage1", "stage2"), ("stage2", "stage1")])
+def test_a_stage_says_when_the_configuration_is_the_others(world, stage, meant):
+    where = results(world, "mistaken")
+    done = rae_xla("train", stage, "--config", world[meant], "--results-dir", where)
+    assert done.returncode == 2
+    assert f"`rae-xla train {meant}` is meant" in done.stderr
+
+
 def test_a_finished_run_stays_as_it_is(runs, world):
     before = (runs["stage2"] / "metrics.jsonl").read_bytes()
     again = rae_xla("train", "stage2", "--config", world["stage2"], "--results-dir", runs["stage2"])
