@@ -45,6 +45,7 @@ def main() -> None:
     args = read_arguments()
     precision = "bf16" if args.scale == "XL" else "fp32"
     ways: dict[str, Any] = {}
+    networks: dict[torch.memory_format, Any] = {}  # ways of one format share them
     with tempfile.TemporaryDirectory() as name:
         scale = (SCALES | {"XL": XL})[args.scale]
         config = make_config(Path(name), scale, args.scale, precision, args.overrides)
@@ -53,10 +54,10 @@ def main() -> None:
             runtime: Any = start(config.runtime, MeshConfig(), seed=0)
             if mode is not None:
                 runtime.compile = lambda fn, mode=mode: torch.compile(fn, mode=mode)
-            rae, model, _ = (
-                network.to(memory_format=memory_format)
-                for network in make_networks(config, runtime)
-            )
+            if memory_format not in networks:
+                made = make_networks(config, runtime)
+                networks[memory_format] = [n.to(memory_format=memory_format) for n in made]
+            rae, model, _ = networks[memory_format]
             ways[way] = our_way(ImageSampler(plain, runtime, rae, model))
     first = ways["as it is"]
     for way, images in ways.items():  # this compiles, too

@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
 
     labels = make_labels(args.labels, args.num_samples, config.misc.num_classes, args.seed)
     mesh = whole_on_every_device(config.mesh)
-    runtime = start(config.runtime, mesh, seed=config.training.global_seed)
+    runtime = start(config.runtime, mesh, seed=config.training.global_seed, same_bits=True)
     how = {"seed": args.seed, "keep_latents": args.keep_latents, "layout": args.layout}
     claim_set(args.out, config, runtime, labels=args.labels, count=args.num_samples, **how)
     sampler = load_sampler(config, runtime)

@@ -39,11 +39,20 @@ class _RuntimeSettings(Protocol):
     def devices(self) -> int | None: ...
 
 
-def start(settings: _RuntimeSettings, mesh: MeshConfig, *, seed: int = 0) -> Runtime:
+def start(
+    settings: _RuntimeSettings, mesh: MeshConfig, *, seed: int = 0, same_bits: bool = False
+) -> Runtime:
     """Start the backend a run asks for; once per process, before any tensor is made.
 
     ``auto`` takes TPU, then CUDA, then XLA on CPU where torch_xla is installed, then plain torch;
     several processes that torchrun started on CPUs are plain torch's.
+
+    Args:
+        settings: the ``runtime`` section.
+        mesh: the ``mesh`` section.
+        seed: of torch's own generator.
+        same_bits: on a CPU, XLA rounds alike on any number of devices up to ``xla.LEAST_THREADS``
+            or the cores; it may be slower by a tenth.
 
     Raises:
         UserError: when the backend is not installed or the mesh does not fit the devices.
@@ -66,6 +75,7 @@ def start(settings: _RuntimeSettings, mesh: MeshConfig, *, seed: int = 0) -> Run
                 seed=seed,
                 devices=settings.devices,
                 compile_cache=settings.compile_cache,
+                same_bits=same_bits,
             ),
         )
     if settings.attention == "flash":

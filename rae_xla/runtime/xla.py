@@ -50,9 +50,8 @@ if TYPE_CHECKING:
 
 
 LEAST_THREADS = 8
-"""Of XLA on a CPU, which adds up a product in an order that depends on how many threads it has: as
-many as there are cores, or devices if those are more. So they are as many with one device as with
-eight, and so are the bits of what comes out.
+"""Of XLA on a CPU where bits count. It adds up a product in an order that depends on how many
+threads it has: as many as there are cores, or devices if those are more.
 """
 
 
@@ -77,11 +76,13 @@ class XLARuntime(WholeBatch):
         seed: int,
         devices: int | None,
         compile_cache: str | None,
+        same_bits: bool,
     ) -> None:
         if not on_tpu():
             os.environ.setdefault("PJRT_DEVICE", "CPU")
-            threads = max(LEAST_THREADS, os.cpu_count() or 1)
-            os.environ.setdefault("PJRT_NPROC", str(threads))
+            if same_bits:
+                threads = max(LEAST_THREADS, os.cpu_count() or 1)
+                os.environ.setdefault("PJRT_NPROC", str(threads))
             if devices is not None:
                 os.environ["CPU_NUM_DEVICES"] = str(devices)
         if compile_cache:

@@ -130,7 +130,8 @@ def build_pipeline(found: Found, class_names: tuple[str, ...]) -> Pipeline:
     """Download what is missing, and build the model; see ``load_pipeline``."""
     found = with_files(found)
     config = found.config
-    runtime = start(config.runtime, config.mesh, seed=config.training.global_seed)
+    seed = config.training.global_seed
+    runtime = start(config.runtime, config.mesh, seed=seed, same_bits=True)
     return Pipeline(config, found.load(runtime), class_names)
 
 
