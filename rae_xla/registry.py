@@ -94,10 +94,10 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         load_strict(model, state, f"checkpoint {path}")
     except UserError as error:
         if {name.partition(".")[0] for name in state} >= {"encoder", "decoder"}:
-            advice = "This is an autoencoder's, of stage 1: give a checkpoint of stage 2"
-        else:
-            advice = "Build the model with the params it was trained with"
-        raise UserError(f"{error}. {advice}.") from None
+            raise UserError(
+                f"checkpoint {path} is an autoencoder's, of stage 1: give a checkpoint of stage 2"
+            ) from None
+        raise UserError(f"{error}. Build the model with the params it was trained with.") from None
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:

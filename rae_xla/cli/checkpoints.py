@@ -117,7 +117,10 @@ def _prune(args: argparse.Namespace) -> int:
     whole = _newest_whole(found)
     steps = superfluous([checkpoint.step for checkpoint in found], args.keep_last, args.keep_every)
     paths = [checkpoint_path(folder, step) for step in steps if step != whole.step]
-    for path in [*paths, *rests(folder)]:
+    needless = [*paths, *rests(folder)]
+    if not needless:
+        print(f"{folder}: nothing to delete")
+    for path in needless:
         if not args.dry_run:
             remove(path)
         print(f"{path}: {'would be ' if args.dry_run else ''}deleted")

@@ -32,14 +32,17 @@ def run(args: argparse.Namespace) -> int:
 
     from rae_xla.data.mixture import open_training_data
     from rae_xla.runtime import start
-    from rae_xla.train.folder import claim_folder
+    from rae_xla.train.folder import check_folder, claim_folder, hold_folder
     from rae_xla.train.loop import train
     from rae_xla.train.survival import EXIT_STOPPED
 
     data = open_training_data(config.data.train, config.data.weights)
-    claim_folder(args.results_dir, config, data.fingerprint, data.sources[0].class_names)
+    folder = args.results_dir
+    check_folder(folder, config, data.fingerprint)
     runtime = start(config.runtime, config.mesh, seed=config.training.global_seed)
-    outcome = train(config, runtime, data, args.stage, args.results_dir)
+    with hold_folder(folder, runtime):
+        claim_folder(folder, config, data.fingerprint, data.sources[0].class_names)
+        outcome = train(config, runtime, data, args.stage, folder)
     if runtime.process_index == 0:
         print(f"checkpoint: {outcome.checkpoint}")
     return EXIT_STOPPED if outcome.stopped else 0

@@ -119,7 +119,8 @@ def find_class(word: str, names: Sequence[str]) -> int:
     near = difflib.get_close_matches(wanted.lower(), lower, n=3)
     near += [name for name in lower if wanted.lower() in name and len(wanted) > 2][:3]
     labels = list(dict.fromkeys(map(lower.index, near)))
-    hint = f"near it: {_numbered(labels, names)}" if labels else "give its number, or names"
+    every = f"there are {_numbered(range(len(names)), names)}: give one of these, or a number"
+    hint = f"near it: {_numbered(labels, names)}" if labels else every
     raise UserError(f"there is no class {wanted!r}; {hint}")
 
 

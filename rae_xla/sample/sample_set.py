@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -173,14 +174,16 @@ def _draw(
     wanted[missing] = True
     # A CPU has done its work when it has been asked. Others are a batch ahead of the writing.
     ahead = 0 if runtime.device.type == "cpu" else 1
-    begun: list[Any] = []
+    begun: list[tuple[Callable[[], Drawn], int]] = []
 
-    def write(drawn: Drawn) -> None:
+    def write(wait: Callable[[], Drawn], count: int) -> None:
+        drawn = wait()
         if latents is not None and drawn.latents is not None:
             latents[drawn.rows] = drawn.latents
             latents.flush()
         for i, pixels in zip(drawn.rows.tolist(), drawn.pixels, strict=True):
             writer.write(files.path(i), pixels)
+        bar.update(count)
 
     done = len(labels) - len(missing)
     speaks = runtime.process_index == 0
@@ -190,16 +193,14 @@ def _draw(
     ):
         for some in rounds:
             rows, fresh = _rows_of(some, size, wanted, parts)
-            begun.append(
-                sampler.begin(
-                    seed, rows, labels[rows.long()], fresh, keep_latents=latents is not None
-                )
+            wait = sampler.begin(
+                seed, rows, labels[rows.long()], fresh, keep_latents=latents is not None
             )
+            begun.append((wait, int(fresh.sum())))
             if len(begun) > ahead:
-                write(begun.pop(0)())
-            bar.update(int(fresh.sum()))
-        for waited_for in begun:
-            write(waited_for())
+                write(*begun.pop(0))
+        for drawn in begun:
+            write(*drawn)
 
 
 def _rows_of(chunks: list[int], size: int, wanted: Tensor, parts: int) -> tuple[Tensor, Tensor]:

@@ -78,7 +78,9 @@ FIGURES = (
     Figure(
         "perf/compilations",
         "graphs",
-        "compiled since the process began. It must not grow after the first steps of a phase",
+        "compiled since the process began. A phase compiles its step once; pictures and "
+        "evaluations have graphs of their own, compiled when they are first made. Otherwise it "
+        "must not grow",
     ),
     Figure(
         "perf/fallbacks",

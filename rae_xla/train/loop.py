@@ -213,6 +213,7 @@ def _train_from(
                 return Outcome(saver.last or beginning.checkpoint, stopped=True)
             if phase := steps.begins(state.step):
                 tracker.say(f"step {state.step}: {phase}")
+                tracker.say("its first step takes longer, some minutes where it is compiled")
             profiler.before(state.step + 1)
             watchdog.begin(DATA, state.step)
             inputs = next(feed)

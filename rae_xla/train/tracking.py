@@ -44,7 +44,7 @@ class Tracker:
         facts: Mapping[str, Any] | None = None,
     ) -> None:
         """Open the run's files; on a resume, drop the lines of steps that will run again."""
-        self._folder, self._speaks = folder, speaks
+        self._folder, self._speaks, self._total = folder, speaks, total
         path = folder / "metrics.jsonl" if speaks else Path(os.devnull)
         if speaks:
             _drop_lines_after(path, start)
@@ -80,7 +80,7 @@ class Tracker:
         line = {"step": step, **figures}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
-        self.say(_console_line(step, figures))
+        self.say(_console_line(step, self._total, figures))
         if self._wandb is not None:
             self._wandb.put("log", step=step, figures=dict(figures))
         if skipped := sum(v for name, v in figures.items() if name.endswith(SKIPPED)):
@@ -161,14 +161,18 @@ _SILENT_AT_ZERO = ("skipped", "fallbacks", "compilations", "bad_samples", "pause
 _NOT_ON_CONSOLE = ("images_per_second_per_chip", "host_memory_gb")
 
 
-def _console_line(step: int, figures: Mapping[str, float]) -> str:
+def _console_line(step: int, total: int, figures: Mapping[str, float]) -> str:
+    """With the time that the steps to come will take, as they take now."""
     shown = {}
     for name, value in figures.items():
         room, _, rest = name.partition("/")
         word = rest.rpartition("/")[2]
         if word not in _NOT_ON_CONSOLE and (value or word not in _SILENT_AT_ZERO):
             shown[rest if room in _PLAIN_ON_CONSOLE else name] = value
-    return f"step {step:>7d}  " + "  ".join(f"{k} {v:.4g}" for k, v in shown.items())
+    words = [f"{name} {value:.4g}" for name, value in shown.items()]
+    if (seconds := figures.get("perf/step_time")) is not None and step < total:
+        words.append(f"left {tqdm.format_interval((total - step) * seconds)}")
+    return f"step {step:>7d}/{total}  " + "  ".join(words)
 
 
 def _drop_lines_after(path: Path, step: int) -> None:

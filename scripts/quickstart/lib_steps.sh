@@ -15,7 +15,28 @@ begin_steps() {
     running=
     mkdir -p "$stamps"
     [[ -e $previous ]] || touch "$previous"
-    trap record_time EXIT
+    bold='' faint='' plain=''
+    [[ ! -t 1 ]] || bold=$'\033[1m' faint=$'\033[2m' plain=$'\033[0m'
+    trap end_steps EXIT
+}
+
+# Says how to go on where a step did not come to its end.
+end_steps() {
+    local status=$? unfinished=$running
+    record_time
+    [[ -z $unfinished ]] ||
+        printf '\nStopped in step %d, %s (status %d). The same command goes on from here.\n' \
+            "$number" "$unfinished" "$status"
+}
+
+# quoted COMMAND...: as it can be typed.
+quoted() {
+    local word words=()
+    for word; do
+        [[ $word != *[!A-Za-z0-9_./=:,-]* && -n $word ]] || word=\"$word\"
+        words+=("$word")
+    done
+    printf '%s' "${words[*]}"
 }
 
 # step NAME RESULT COMMAND...
@@ -24,7 +45,7 @@ step() {
     shift 2
     number=$((number + 1))
     stamp=$stamps/$(printf '%02d' "$number")
-    printf '\n\033[1m%2d  %s\033[0m\n' "$number" "$name"
+    printf '\n%s%2d  %s%s\n' "$bold" "$number" "$name" "$plain"
     if [[ -e $result && -e $stamp.done && ! $previous -nt $stamp.done ]]; then
         printf '    done already: %s\n' "$result"
     else
@@ -32,7 +53,7 @@ step() {
             rm -rf "$result" "$stamp.done"
             touch "$stamp.begun"
         fi
-        printf '    \033[2m%s\033[0m\n' "$*"
+        printf '    %s%s%s\n' "$faint" "$(quoted "$@")" "$plain"
         running=$name
         begin=$EPOCHREALTIME
         "$@"

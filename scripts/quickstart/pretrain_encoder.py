@@ -28,8 +28,9 @@ import torch
 import torch.nn.functional as F
 from digits import read
 from torch import Tensor, nn
-from tqdm import trange
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
+
+from rae_xla.progress import progress_bar
 
 PATCH_SIZE = 8
 PIXEL_MEAN, PIXEL_STD = 0.5, 0.5
@@ -118,7 +119,7 @@ def pretrain(
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=steps)
     encoder.train()
-    progress = trange(steps, desc="pretrain encoder", disable=quiet)
+    progress = progress_bar(range(steps), desc="pretrain encoder", disable=quiet)
     for _ in progress:
         rows = torch.randint(0, len(pixels), (batch_size,))
         batch = shift(pixels[rows], most_shift)

@@ -238,7 +238,7 @@ def test_a_checkpoint_of_another_model(runs, world, tmp_path):
 def test_an_autoencoder_where_a_transformer_is_wanted(runs, world, tmp_path):
     done = rae_xla("sample", "--config", world["stage2"], "--ckpt", runs["stage1"], "--out",
                    tmp_path / "out")  # fmt: skip
-    assert one_error(done, r"\(\d+\)\. This is an autoencoder's, of stage 1: give a checkpoint of")
+    assert one_error(done, r"is an autoencoder's, of stage 1: give a checkpoint of")
     done = rae_xla("generate", "--model", runs["stage1"], "--out", tmp_path / "pictures")
     assert one_error(done, "is a run of stage 1, a decoder's: give one of stage 2")
 

@@ -1,17 +1,32 @@
 """Whose a results folder is, and the checkpoints it leads to."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 from checkpoint_cases import save
 
 from rae_xla.config import RunConfig, load_config
+from rae_xla.config.sections import MeshConfig, RuntimeConfig
 from rae_xla.data.class_names import recorded_class_names
 from rae_xla.errors import UserError
-from rae_xla.train.folder import claim_folder
+from rae_xla.runtime import start
+from rae_xla.train.folder import RUNNING_FILE, check_folder, claim_folder, hold_folder
 
 CONFIG = RunConfig()
+HOLDER = """
+import sys
+from pathlib import Path
+from rae_xla.config.sections import MeshConfig, RuntimeConfig
+from rae_xla.runtime import start
+from rae_xla.train.folder import hold_folder
+with hold_folder(Path(sys.argv[1]), start(RuntimeConfig(backend="torch"), MeshConfig())):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
 
 
 def other(**changes):
@@ -85,3 +100,31 @@ def test_numbers_survive_the_manifest(tmp_path):
     manifest["config"] = small.to_dict()
     (tmp_path / "checkpoints/step-00000010/manifest.json").write_text(json.dumps(manifest))
     claim_folder(tmp_path, small, "data")
+
+
+def test_while_a_run_goes_on_there_is_no_other(tmp_path):
+    runtime = start(RuntimeConfig(backend="torch"), MeshConfig())
+    command = [sys.executable, "-c", HOLDER, str(tmp_path)]
+    with subprocess.Popen(command, stdin=-1, stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout.readline() == "held\n"
+        who = rf"going on in .*\(process {run.pid} on .*, since 20.*another --results-dir"
+        with pytest.raises(UserError, match=who):
+            check_folder(tmp_path, CONFIG, "data")
+        with pytest.raises(UserError, match=who), hold_folder(tmp_path, runtime):
+            raise AssertionError
+        run.kill()
+    check_folder(tmp_path, CONFIG, "data")
+    for _ in range(2):  # it ends with the block, too
+        with hold_folder(tmp_path, runtime):
+            said = (tmp_path / RUNNING_FILE).read_text()
+            assert said.startswith(f"process {os.getpid()} on ")
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    runtime = start(RuntimeConfig(backend="torch"), MeshConfig())
+    with (
+        pytest.raises(UserError, match="cannot write to the results folder"),
+        hold_folder(tmp_path / "file/run", runtime),
+    ):
+        raise AssertionError

@@ -56,8 +56,17 @@ def test_one_line_a_log_step_and_pictures(tmp_path, capsys):
     track(tmp_path)
     assert lines(tmp_path) == [{"step": 1, "train/loss": 1.0}, {"step": 2, "train/loss": 0.5}]
     assert (tmp_path / "samples/stage2-00000002.png").exists()
-    assert "step       2  loss 0.5" in capsys.readouterr().err
+    assert "step       2/10  loss 0.5\n" in capsys.readouterr().err
     assert not (tmp_path / "wandb").exists()
+
+
+def test_the_console_tells_how_long_it_will_take(tmp_path, capsys):
+    with Tracker(tmp_path, load_config(None), start=0, total=1000) as tracker:
+        tracker.log(100, {"perf/step_time": 0.5})
+        tracker.log(1000, {"perf/step_time": 0.5})
+    first, last = capsys.readouterr().err.splitlines()
+    assert first == "step     100/1000  step_time 0.5  left 07:30"
+    assert last == "step    1000/1000  step_time 0.5"
 
 
 def test_a_resume_drops_the_lines_of_steps_to_come_and_cut_ones(tmp_path):
