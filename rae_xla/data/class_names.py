@@ -15,6 +15,9 @@ from rae_xla.errors import UserError
 CLASSES_FILE = "classes.json"
 """In a results folder."""
 
+SHOWN = 20
+"""So many classes are named where none is like the one that is asked for."""
+
 MOST_CLASSES = 1 << 20
 """A larger label is taken for a mistake rather than for so many classes."""
 
@@ -119,8 +122,11 @@ def find_class(word: str, names: Sequence[str]) -> int:
     near = difflib.get_close_matches(wanted.lower(), lower, n=3)
     near += [name for name in lower if wanted.lower() in name and len(wanted) > 2][:3]
     labels = list(dict.fromkeys(map(lower.index, near)))
-    every = f"there are {_numbered(range(len(names)), names)}: give one of these, or a number"
-    hint = f"near it: {_numbered(labels, names)}" if labels else every
+    hint = "give its number, or names"
+    if labels:
+        hint = f"near it: {_numbered(labels, names)}"
+    elif len(names) <= SHOWN:
+        hint = f"there are {', '.join(names)}"
     raise UserError(f"there is no class {wanted!r}; {hint}")
 
 
