@@ -261,6 +261,8 @@ def test_a_class_by_its_name():
     assert find_class(" Golden RETRIEVER ", names) == find_class("retriever golden", names) == 207
     with pytest.raises(UserError, match="give its number"):
         find_class("qqqqqqqq", names)
+    with pytest.raises(UserError, match="there is no class 'frog'; there are circle, square"):
+        find_class("frog", ["circle", "square"])
     assert choose_labels("tench", names, 2, 0) == choose_labels(0, names, 2, 0) == [0, 0]
     assert choose_labels(np.array([1, 2]), names, 3, 0) == [1, 2, 1]
     drawn = choose_labels([], names, 20, 3)
