@@ -20,7 +20,7 @@ settings=()
 python -c 'import torch_xla' 2>/dev/null || settings=(runtime.backend=torch)
 
 begin_steps $out
-printf '\nThirteen steps, six to seventeen minutes on two cores, about half of them for training stage 2.\n'
+printf '\nThirteen steps, six to seventeen minutes on two cores, two thirds of them for training stage 2.\n'
 
 step "write real digits as images" $out/images \
     python scripts/quickstart/digits.py --out $out/images
