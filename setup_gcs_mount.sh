@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Mount a Cloud Storage bucket with gcsfuse, to read from. Run it again whenever you like.
+# Mount a Cloud Storage bucket read-only with gcsfuse. Running it again is harmless.
 set -euo pipefail
 
 usage() {
@@ -8,11 +8,11 @@ usage: bash setup_gcs_mount.sh BUCKET MOUNT_POINT [--cache-dir DIR --cache-size 
                                [-- GCSFUSE_OPTION...]
        bash setup_gcs_mount.sh --unmount MOUNT_POINT [--lazy] [--dry-run]
 
-  BUCKET             its name, gs://name, or gs://name/folder for one folder of it
-  MOUNT_POINT        an empty folder; made if missing
-  --cache-dir DIR    keep the files that are read in DIR, on a local disk or RAM disk
-  --cache-size SIZE  at most this much, such as 200GB; it should hold all that will be read
-  --dry-run          print the commands and run none
+  BUCKET             name, gs://name, or gs://name/folder for one folder of the bucket
+  MOUNT_POINT        an empty folder; created if missing
+  --cache-dir DIR    cache the files that are read in DIR, on a local disk or RAM disk
+  --cache-size SIZE  size of the cache, such as 200GB; it should hold all files that are read
+  --dry-run          print the commands without running them
   --lazy             unmount even while it is in use
 Mounts read-only; installs gcsfuse if it is missing (Debian and Ubuntu, as root or with sudo).
 EOF
@@ -21,42 +21,43 @@ EOF
 manual=https://cloud.google.com/storage/docs/cloud-storage-fuse
 apt=https://packages.cloud.google.com/apt
 
-say() { printf 'gcs mount: %s\n' "$*"; }
+info() { printf 'gcs mount: %s\n' "$*"; }
 
 fail() {
     printf 'gcs mount: error: %s\n' "$*" >&2
     exit 2
 }
 
-# run COMMAND...: or print it, as a shell would take it.
+# run COMMAND...: run it or, with --dry-run, print it quoted for a shell.
 run() { if $dry_run; then printf '%q ' "$@" && echo; else "$@"; fi; }
 
-# The steps of $manual/install, when no source of packages that this machine has offers it.
+# The steps of $manual/install, for a machine whose package sources do not offer gcsfuse.
 install_gcsfuse() {
     local name key=/usr/share/keyrings/cloud.google.asc list=/etc/apt/sources.list.d/gcsfuse.list
-    say "gcsfuse is missing: installing it"
+    info "gcsfuse is missing: installing it"
     command -v apt-get >/dev/null || return
-    umask 022 # apt reads what is written here as another user
+    umask 022 # apt reads these files as another user
     if ! apt-cache show gcsfuse >/dev/null 2>&1; then
         name=gcsfuse-$(. /etc/os-release && echo "${VERSION_CODENAME:-}") &&
             run curl -fsSL -o /dev/null "$apt/dists/$name/InRelease" &&
             run "${as_root[@]}" curl -fsSL -o "$key" "$apt/doc/apt-key.gpg" &&
             run "${as_root[@]}" sh -c "echo 'deb [signed-by=$key] $apt $name main' >$list" || return
     fi
-    run "${as_root[@]}" apt-get update || true # any other source that is down makes it fail
-    # A machine that has just started is busy with updates of its own for a while.
+    run "${as_root[@]}" apt-get update || true # it also fails if an unrelated source is down
+    # A machine that has just booted holds the lock for its own updates for a while.
     run "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive \
         apt-get install -y -o DPkg::Lock::Timeout=300 gcsfuse
 }
 
-# What is on the mount point: $fstype, $mounted (gcsfuse: the bucket) and $device; empty if nothing.
-look() {
+# Sets $fstype, $mounted (for gcsfuse: the bucket) and $device of the mount point; empty if nothing
+# is mounted.
+read_mount() {
     read -r fstype mounted device < <(
         findmnt --noheadings --raw --output FSTYPE,SOURCE,MAJ:MIN --mountpoint "$mount_point" | tail -n 1
     ) || true
 }
 
-# The table of mounts has the bucket; which folder of it, only gcsfuse's command line tells.
+# The mount table has the bucket; only the command line of gcsfuse has the folder within it.
 same_folder() {
     local processes
     processes=$(pgrep -af gcsfuse | grep -F -- " $bucket $mount_point") || true
@@ -66,25 +67,25 @@ same_folder() {
 
 answers() { mountpoint -q "$mount_point" && listing=$(timeout 120 ls -U "$mount_point" 2>>"$log"); }
 
-# give_up MESSAGE: with the end of the log, and without leaving a mount that does not work.
+# give_up MESSAGE: unmount, print the end of the log, and fail.
 give_up() {
-    look
+    read_mount
     [[ -z $fstype ]] || fusermount -u "$mount_point" || true
     tail -c "+$((log_begin + 1))" "$log" | tail -n 20 >&2
     fail "$1"
 }
 
-# What trying again would not mend. The messages are in docs/troubleshooting.md of gcsfuse.
-give_up_if_hopeless() {
+# Fails for errors that a retry does not fix; see docs/troubleshooting.md of gcsfuse.
+give_up_if_permanent() {
     case $(tail -c "+$((log_begin + 1))" "$log") in
         *"could not find default credentials"* | *invalid_grant* | *"Error 401"*)
             give_up "no valid Google credentials: run 'gcloud auth application-default login', or give the VM a service account with the access scope storage-ro" ;;
         *"Bad credentials"* | *"Error 403"*)
-            give_up "these Google credentials may not read gs://$bucket: they need the role Storage Object Viewer on it and, on a VM, the access scope storage-ro; others come from 'gcloud auth application-default login'" ;;
+            give_up "these Google credentials may not read gs://$bucket: they need the role Storage Object Viewer for it and, on a VM, the access scope storage-ro; to use other credentials, run 'gcloud auth application-default login'" ;;
         *"Unknown bucket"* | *"bucket doesn't exist"* | *"Error 404"*)
             give_up "there is no bucket gs://$bucket" ;;
         *"unknown flag"* | *"flag provided but not defined"*)
-            give_up "gcsfuse does not know an option: version 3 is needed (sudo apt-get install --only-upgrade gcsfuse)" ;;
+            give_up "gcsfuse does not support an option: version 3 is required (sudo apt-get install --only-upgrade gcsfuse)" ;;
     esac
 }
 
@@ -101,73 +102,73 @@ while (($#)); do
         -*) usage >&2 && fail "unknown option: $1" ;;
         *) places+=("$1") ;;
     esac
-    shift || fail "the last option lacks its value; see --help"
+    shift || fail "the last option needs a value; see --help"
 done
 if $unmount && ((${#places[@]} == 1)); then places=("" "${places[@]}"); fi
-((${#places[@]} == 2)) || { usage >&2 && fail "a bucket and a mount point are needed"; }
+((${#places[@]} == 2)) || { usage >&2 && fail "a bucket and a mount point are required"; }
 
 IFS=/ read -r bucket folder <<<"${places[0]#gs://}"
 folder=${folder%/}
 source=gs://$bucket${folder:+/$folder}
 [[ -z ${places[0]} ]] && $unmount || [[ $bucket =~ ^[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]$ ]] ||
-    fail "'${places[0]}' is no bucket: give name, gs://name or gs://name/folder, the name of a-z, 0-9, '-', '_' and '.'"
+    fail "'${places[0]}' is not a bucket: give name, gs://name or gs://name/folder; a name has only a-z, 0-9, '-', '_' and '.'"
 mount_point=$(realpath -m -- "${places[1]}")
 as_root=(sudo)
 [[ $(id -u) != 0 ]] || as_root=()
-look
+read_mount
 
 if $unmount; then
-    [[ -n $fstype ]] || { say "nothing is mounted on $mount_point" && exit; }
+    [[ -n $fstype ]] || { info "nothing is mounted on $mount_point" && exit; }
     [[ $fstype == fuse.gcsfuse && ${bucket:-$mounted} == "$mounted" ]] ||
-        fail "on $mount_point is $mounted ($fstype), not ${places[0]:-a bucket}: left alone"
+        fail "$mounted ($fstype) is mounted on $mount_point, not ${places[0]:-a bucket}: not unmounted"
     run fusermount -u $lazy "$mount_point" ||
-        fail "$mount_point could not be unmounted: end what uses it (fuser -vm '$mount_point' shows it), or add --lazy"
-    $dry_run || say "unmounted: $mount_point"
+        fail "$mount_point could not be unmounted: stop the processes that use it (fuser -vm '$mount_point' lists them), or add --lazy"
+    $dry_run || info "unmounted: $mount_point"
     exit
 fi
-[[ -z $lazy ]] || fail "--lazy goes with --unmount"
+[[ -z $lazy ]] || fail "--lazy requires --unmount"
 
 cache=()
 if [[ -n $cache_dir$cache_size ]]; then
     mib=$(numfmt --from=auto --to-unit=1Mi --round=down -- "${cache_size%B}" 2>/dev/null) || mib=0
     [[ -n $cache_dir && $mib -gt 0 ]] ||
-        fail "--cache-dir DIR and --cache-size SIZE go together, with a SIZE such as 200GB or 64GiB"
+        fail "--cache-dir DIR and --cache-size SIZE must be given together, with a SIZE such as 200GB or 64GiB"
     cache_dir=$(realpath -m -- "$cache_dir")
-    # Training begins in the middle of a shard, too, which alone would not put it into the cache.
+    # Training also starts in the middle of a shard; without this option such reads are not cached.
     cache=(--cache-dir="$cache_dir" --file-cache-max-size-mb="$mib"
         --file-cache-cache-file-for-range-read)
 fi
 
 if [[ -n $fstype ]]; then
     [[ $fstype == fuse.gcsfuse && $mounted == "$bucket" ]] ||
-        fail "on $mount_point is $mounted ($fstype) already: unmount it, or choose another place"
+        fail "$mounted ($fstype) is already mounted on $mount_point: unmount it, or choose another mount point"
     same_folder ||
-        fail "on $mount_point is another folder of gs://$bucket already: --unmount it, or choose another place"
+        fail "another folder of gs://$bucket is already mounted on $mount_point: --unmount it, or choose another mount point"
     answers ||
-        fail "$source is mounted on $mount_point but does not answer (did gcsfuse die, or does another user run it?): --unmount it, then mount it again"
-    say "$source is mounted on $mount_point already"
+        fail "$source is mounted on $mount_point but does not respond (did gcsfuse crash, or does another user run it?): --unmount it, then mount it again"
+    info "$source is already mounted on $mount_point"
     exit
 elif [[ -e $mount_point ]]; then
-    [[ -d $mount_point && -w $mount_point ]] || fail "$mount_point is not a folder of yours"
+    [[ -d $mount_point && -w $mount_point ]] || fail "$mount_point is not a folder that you can write to"
     [[ -z $(ls -A "$mount_point") ]] ||
-        fail "$mount_point is not empty, and a mount would hide what is in it: choose another place"
+        fail "$mount_point is not empty, and a mount would hide its files: choose another mount point"
 fi
 
 command -v gcsfuse >/dev/null || install_gcsfuse ||
-    fail "gcsfuse could not be installed; by hand: $manual/install"
+    fail "gcsfuse could not be installed; to install it yourself: $manual/install"
 if [[ ! -e $mount_point ]]; then
     above=$mount_point
     until [[ -e $above ]]; do above=$(dirname "$above"); done
     make=(mkdir -p)
     [[ -w $above ]] || make=("${as_root[@]}" install -d -o "$(id -u)" -g "$(id -g)")
-    run "${make[@]}" "$mount_point" || fail "$mount_point could not be made"
+    run "${make[@]}" "$mount_point" || fail "$mount_point could not be created"
 fi
-[[ -z $cache_dir ]] || run mkdir -p "$cache_dir" || fail "$cache_dir could not be made"
+[[ -z $cache_dir ]] || run mkdir -p "$cache_dir" || fail "$cache_dir could not be created"
 
 log=${TMPDIR:-/tmp}/gcsfuse${mount_point//\//-}.log
-# Caching as in gcsfuse's own samples/gcsfuse_config/tpu: what was seen once is not asked for again,
-# what was missing is. One request takes a whole shard of the usual 256 MB. Connections are not
-# limited: at a limit, reads wait for ever. Every option: $manual/cli-options
+# Caching as in gcsfuse's own samples/gcsfuse_config/tpu: metadata are cached without a time limit,
+# missing files are not. One request reads a whole shard of the default 256 MB. Connections are not
+# limited, because reads block at the limit. All options: $manual/cli-options
 mount=(gcsfuse -o ro --implicit-dirs --metadata-cache-ttl-secs=-1 --metadata-cache-negative-ttl-secs=0
     --stat-cache-max-size-mb=-1 --kernel-list-cache-ttl-secs=60 --sequential-read-size-mb=256
     --max-conns-per-host=0 "${cache[@]}" --log-file="$log" --log-format=text "$@"
@@ -181,15 +182,15 @@ else
     for pause in 1 2 4 8 ""; do
         mountpoint -q "$mount_point" || "${mount[@]}" >>"$log" 2>&1 </dev/null || true
         if answers; then break; fi
-        give_up_if_hopeless
+        give_up_if_permanent
         [[ -n $pause ]] || give_up "$source could not be mounted on $mount_point; the log is $log"
-        say "$source does not answer yet: trying again in $pause s"
+        info "$source does not respond yet: trying again in $pause s"
         sleep "$pause"
     done
-    say "mounted: $source on $mount_point, read-only; log: $log"
-    [[ -n $listing ]] || say "note: there are no files in $source; is that its name?"
-    look
+    info "mounted: $source on $mount_point, read-only; log: $log"
+    [[ -n $listing ]] || info "note: there are no files in $source; is the name correct?"
+    read_mount
 fi
-# 1 MiB is what $manual/performance advises; without it the kernel asks for 128 KiB at a time.
+# $manual/performance advises 1 MiB; the default of the kernel is 128 KiB.
 run "${as_root[@]}" ${as_root:+-n} sh -c "echo 1024 >/sys/class/bdi/$device/read_ahead_kb" 2>/dev/null ||
-    say "note: the kernel's read-ahead stays as it is, which only root may change"
+    info "note: the kernel's read-ahead was not changed, which requires root"

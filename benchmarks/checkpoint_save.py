@@ -1,10 +1,10 @@
-"""What a save takes of the training thread, beside the whole of it.
+"""Time for which saving a checkpoint blocks training, and the duration of the complete save.
 
     python benchmarks/checkpoint_save.py [--parameters 20] [--dir FOLDER or gs://…]
 
-The state of a model with so many million parameters (weights, average, two moments: 16 bytes each)
-is saved, copied to memory by itself, and written by ``torch.distributed.checkpoint``'s own writer,
-all several times.
+For the state of a model (weights, moving average, two moments: 16 bytes per parameter) it measures,
+several times: the copy to the host alone, the blocked time and the duration of a save, and the
+duration of a save with the writer of ``torch.distributed.checkpoint``.
 """
 
 from __future__ import annotations
@@ -19,54 +19,54 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
 
+from rae_xla.checkpoint.manager import MANIFEST_FORMAT
+from rae_xla.checkpoint.saver import Saver
 from rae_xla.config import CheckpointConfig, MeshConfig, RuntimeConfig
-from rae_xla.interop.checkpoint_folder import FORMAT
 from rae_xla.runtime import start
-from rae_xla.train.saver import Saver
 
 ROUNDS, WIDTH = 3, 1024
 
 
 def main() -> None:
-    """Save, and print the times and their ratios."""
+    """Measure, and print durations and their ratios."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--parameters", type=float, default=20, help="millions")
-    parser.add_argument("--dir", help="where to (default: a temporary folder)")
+    parser.add_argument("--parameters", type=float, default=20, help="millions (default: 20)")
+    parser.add_argument("--dir", help="where to save (default: a temporary folder)")
     args = parser.parse_args()
     settings = RuntimeConfig(backend="torch")
-    runtime = start(settings, MeshConfig())
+    backend = start(settings, MeshConfig())
     layers = max(1, round(args.parameters * 1e6 / WIDTH**2))
     network = nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(layers)))
     weights = {name: tensor.detach() for name, tensor in network.state_dict().items()}
     state = {
-        f"{part}/{name}": tensor.clone().to(runtime.device)
+        f"{part}/{name}": tensor.clone().to(backend.device)
         for part in ("model", "ema", "exp_avg", "exp_avg_sq")
         for name, tensor in weights.items()
     }
     size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
-    print(f"{size / 1e9:.2f} GB in {len(state)} tensors on {runtime.device}")
+    print(f"{size / 1e9:.2f} GB in {len(state)} tensors on {backend.device}")
 
     with tempfile.TemporaryDirectory() as folder:
         one = replace(CheckpointConfig(), keep_last=1)
-        facts = {"format": FORMAT, "step": 0}
-        saver = Saver(args.dir or folder, runtime, one, print, lambda: (state, facts))
+        facts = {"format": MANIFEST_FORMAT, "step": 0}
+        saver = Saver(args.dir or folder, backend, one, lambda: (state, facts))
         for step in range(ROUNDS):
             began = time.perf_counter()
-            runtime.snapshot(state)
+            backend.snapshot(state)
             copy = time.perf_counter() - began
             assert saver.start(step)
             saver.wait()
             assert saver.failure is None
-            figures = saver.take_figures()
-            blocked, whole = figures["ckpt/blocked_seconds"], figures["ckpt/seconds"]
+            metrics = saver.take_metrics()
+            blocked, total = metrics["ckpt/blocked_seconds"], metrics["ckpt/seconds"]
             began = time.perf_counter()
             if args.dir is None:
-                dcp.save(state, checkpoint_id=f"{folder}/theirs", no_dist=True)
-                shutil.rmtree(f"{folder}/theirs")
-            theirs = time.perf_counter() - began
+                dcp.save(state, checkpoint_id=f"{folder}/torch", no_dist=True)
+                shutil.rmtree(f"{folder}/torch")
+            torch_total = time.perf_counter() - began
             print(
                 f"copy alone {copy:.3f} s, training blocked {blocked:.3f} s ({blocked / copy:.2f}),"
-                f" whole save {whole:.2f} s ({whole / blocked:.0f} x), torch's {theirs:.2f} s"
+                f" save {total:.2f} s ({total / blocked:.0f} x), torch's save {torch_total:.2f} s"
             )
 
 

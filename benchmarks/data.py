@@ -1,15 +1,16 @@
-"""How fast training images come, on one core: against the work itself, and the usual loader.
+"""Throughput of the training loader on one core, compared with decoding alone and with torch.
 
     python benchmarks/data.py [--seconds 8] [--rounds 3] [--images 512]
 
 Everything measured runs on one core, with one worker process; the storage server of the last two
-rows has another. The pictures are JPEGs of 500 x 375 pixels, about 100 kB each, and the same ones
-resized to 256 px; both as parts of a data set of ImageNet's size (the index lists them over and
-over), read as one of 16 hosts does that train with a batch of 1,024.
+rows uses another core. The images are JPEGs of 500 x 375 pixels, about 100 kB each, and the same
+images resized to 256 px. Both are repeated in the index until the data set has the size of
+ImageNet, and read as by one of 16 hosts that train with a global batch of 1,024.
 
 - limit: decode and crop to 256 px, from memory, and nothing else
 - reference: ImageFolder, ADM's centre crop, flip and ToTensor in a DataLoader, as published
-- ours: shards of the same files on disk; of files at 256 px; in a bucket; in one 50 ms away
+- ours: shards of the same files on disk; of files at 256 px; in a bucket; in a bucket with a
+  latency of 50 ms
 """
 
 from __future__ import annotations
@@ -34,15 +35,15 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from rae_xla.data.encoding import Encoding
-from rae_xla.data.folder_source import folder_source
-from rae_xla.data.index import ShardIndex, open_index
+from rae_xla.data.loader import TrainingLoader
 from rae_xla.data.reader import SampleReader
-from rae_xla.data.shards import write_shards
-from rae_xla.data.stream import SampleStream
+from rae_xla.data.shards.encoding import Encoding
+from rae_xla.data.shards.index import ShardIndex, open_index
+from rae_xla.data.shards.sources.folder import folder_source
+from rae_xla.data.shards.writer import write_shards
 from rae_xla.data.transforms import CenterCrop, center_crop
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
 from gcs_emulator import GcsEmulator
 from photographs import photograph
 
@@ -54,14 +55,14 @@ RATIOS = (
     ("ours, from a bucket", "ours, from disk"),
     ("ours, from 50 ms away", "ours, from a bucket"),
 )
-"""What is measured, and against what."""
+"""Pairs of measurements whose ratio is printed."""
 
 SIZE, BATCH, HOSTS, IMAGENET = 256, 1024, 16, 1_281_167
 CLASSES = 8
 
 
 def write_images(folder: Path, count: int) -> None:
-    """Files in a folder for each class."""
+    """Write ``count`` images to a folder per class."""
     for number in range(count):
         path = folder / f"{number % CLASSES:03d}" / f"{number:06d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -69,13 +70,13 @@ def write_images(folder: Path, count: int) -> None:
 
 
 def as_imagenet(index: ShardIndex) -> ShardIndex:
-    """The same samples over and over, as many as ImageNet has."""
+    """Repeat the samples until there are as many as in ImageNet."""
     copies = -(-IMAGENET // len(index))
     return replace(index, shards=index.shards * copies, samples=np.tile(index.samples, copies))
 
 
 def rate(batches: Iterator[int], seconds: float, warm_up: float) -> float:
-    """Images per second of an iterator of numbers of images, once it runs."""
+    """Return images per second, after a warm-up, of an iterator that yields numbers of images."""
     begin = time.perf_counter()
     while time.perf_counter() - begin < warm_up:
         next(batches)
@@ -85,9 +86,9 @@ def rate(batches: Iterator[int], seconds: float, warm_up: float) -> float:
     return done / (time.perf_counter() - begin)
 
 
-def work_alone(index: ShardIndex, count: int) -> Generator[int, None, None]:
-    """Decode and crop, from memory."""
-    encoded = [bytes(SampleReader(index).image(0, i)) for i in range(min(count, len(index)))]
+def decoding_alone(index: ShardIndex, count: int) -> Generator[int, None, None]:
+    """Decode and crop images from memory."""
+    encoded = [bytes(SampleReader(index).encoded(0, i)) for i in range(min(count, len(index)))]
     crop = CenterCrop(SIZE, fast=True)
     while True:
         for content in encoded:
@@ -97,7 +98,7 @@ def work_alone(index: ShardIndex, count: int) -> Generator[int, None, None]:
 
 
 def reference(folder: Path) -> Generator[int, None, None]:
-    """The published loader, endlessly."""
+    """Run the published loader without end."""
     transform = transforms.Compose(
         [
             transforms.Lambda(partial(adm_crop, size=SIZE)),
@@ -119,13 +120,13 @@ def reference(folder: Path) -> Generator[int, None, None]:
 
 
 def adm_crop(image: Image.Image, size: int) -> Image.Image:
-    """ADM's centre crop, exact."""
+    """Return the exact centre crop of ADM."""
     return Image.fromarray(center_crop(image, size))
 
 
 def ours(index: ShardIndex) -> Generator[int, None, None]:
-    """The training stream of one of the hosts, with one worker process."""
-    stream = SampleStream(
+    """Run the training loader of one of the hosts, with one worker process."""
+    loader = TrainingLoader(
         as_imagenet(index),
         seed=0,
         global_batch_size=BATCH,
@@ -134,12 +135,12 @@ def ours(index: ShardIndex) -> Generator[int, None, None]:
         num_workers=1,
         flip=True,
     )
-    for batch in stream.batches():
+    for batch in loader.batches():
         yield len(batch["label"])
 
 
 def largest_difference(index: ShardIndex, count: int = 64) -> tuple[int, float]:
-    """Of 255, between our crop and the exact one: the largest, and the mean."""
+    """Return the largest and the mean difference (of 255) of the fast crop from the exact one."""
     reader, differences = SampleReader(index), []
     for sample in range(count):
         fast = reader.load(0, sample, CenterCrop(SIZE, fast=True), (0, 0))
@@ -149,11 +150,11 @@ def largest_difference(index: ShardIndex, count: int = 64) -> tuple[int, float]:
 
 
 def main() -> None:
-    """Make the data, measure, print."""
+    """Create the data, measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=8.0, help="length of each measurement")
-    parser.add_argument("--rounds", type=int, default=3, help="how often each is measured")
-    parser.add_argument("--images", type=int, default=512, help="different pictures")
+    parser.add_argument("--rounds", type=int, default=3, help="number of measurements of each")
+    parser.add_argument("--images", type=int, default=512, help="number of different images")
     args = parser.parse_args()
     cores = sorted(os.sched_getaffinity(0))
     torch.set_num_threads(1)
@@ -173,9 +174,9 @@ def main() -> None:
             f"{small.num_bytes / len(small) / 1000:.0f} kB; one core of {len(cores)}"
         )
         largest, mean = largest_difference(originals)
-        print(f"our crop against ADM's, of 255: {largest} at most, {mean:.5f} on average")
+        print(f"fast crop against ADM's, of 255: at most {largest}, on average {mean:.5f}")
 
-        os.sched_setaffinity(0, cores[:1])  # what is measured, and its worker
+        os.sched_setaffinity(0, cores[:1])  # for what is measured, and its worker
         os.sched_setaffinity(server.pid, cores[-1:])
         rates: dict[str, list[float]] = {}
 
@@ -183,9 +184,9 @@ def main() -> None:
             with closing(batches):
                 rates.setdefault(name, []).append(rate(batches, args.seconds, warm_up))
 
-        # In turns: how fast a shared machine is changes while this runs.
+        # Interleaved, because the speed of a shared machine changes during the run.
         for _ in range(args.rounds):
-            measure("limit", work_alone(originals, 512))
+            measure("limit", decoding_alone(originals, 512))
             measure("reference", reference(folder / "images"))
             measure("ours, from disk", ours(originals))
             measure("ours, from disk at 256 px", ours(small))

@@ -1,9 +1,10 @@
-"""Time a stage-1 step as its losses come in: L1, then LPIPS, the discriminator, the GAN term.
+"""Time a stage-1 step in each phase: L1, then with LPIPS, the discriminator, the GAN term.
 
     python benchmarks/gan_step.py [--scale digits|S] [--backends torch;...] [--batch N] [key=value]
 
-One run of ``rae-xla train stage1`` per backend goes through all four phases; the figures are the
-medians of the ``perf/step_time`` it logs in each. Ratios are to the first phase of that backend.
+One run of ``rae-xla train stage1`` per backend goes through all four phases; each result is the
+median of the ``perf/step_time`` logged in a phase. Ratios are relative to the first phase of the
+backend.
 ``--scale S`` is the published recipe (ViT-XL decoder, DINOv2-B, DINO S/8, 256 px) with random
 weights; on a GPU: ``--scale S --backends torch --batch 64 runtime.precision=bf16``.
 """
@@ -23,12 +24,12 @@ from world import BACKENDS, ROOT, SCALES, make_world, rae_xla
 sys.path.insert(0, str(ROOT / "scripts" / "quickstart"))
 from random_loss_networks import RECIPE, write_dino, write_vgg16
 
-EPOCH, EPOCHS = 4, 2  # steps to an epoch, epochs to a phase
-PHASES = ("L1", "+ LPIPS", "+ discriminator learns", "+ GAN")
+EPOCH, EPOCHS = 4, 2  # steps per epoch, epochs per phase
+PHASES = ("L1", "+ LPIPS", "+ discriminator trains", "+ GAN")
 
 
 def add_losses(path: Path, folder: Path, recipe: str | dict[str, int]) -> None:
-    """Give a configuration the GAN section, its losses beginning one after another."""
+    """Add a GAN section to a configuration, whose losses start one after another."""
     config = yaml.safe_load(path.read_text())
     shape = recipe if isinstance(recipe, dict) else {"depth": 12, "embed_dim": 384,
                                                      "num_heads": 6, "patch_size": 8}  # fmt: skip
@@ -41,10 +42,12 @@ def add_losses(path: Path, folder: Path, recipe: str | dict[str, int]) -> None:
 
 
 def main() -> None:
-    """Run, gather, print."""
+    """Run all phases on every backend and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--scale", choices=SCALES, default="digits")
-    parser.add_argument("--backends", default=";".join(BACKENDS), help="names, between semicolons")
+    parser.add_argument(
+        "--backends", default=";".join(BACKENDS), help="names, separated by semicolons"
+    )
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_intermixed_args()

@@ -1,8 +1,8 @@
-"""Host time to record one AdamW step on XLA: torch.optim's against ours.
+"""Compare the host time to trace one AdamW step on XLA for torch.optim and rae_xla.
 
     python benchmarks/optimizer_trace.py [--parameters 90]
 
-Nothing is computed in the timed part: this is the work that stands between a TPU and its next step.
+The timed part only traces: it is the work of the host that delays the next step of a TPU.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from rae_xla.runtime import start
-from rae_xla.train.adamw import AdamW
+from rae_xla.train.optimizers import AdamW
 
 ROUNDS = 10
 
 
 def record(step: Callable[[], None]) -> float:
-    """Milliseconds of this thread to trace one step, the median of some."""
+    """Return the median time of this thread to trace one step, in milliseconds."""
     import torch_xla
 
     times = []
@@ -35,7 +35,7 @@ def record(step: Callable[[], None]) -> float:
 
 
 def main() -> None:
-    """Time both and print the ratio."""
+    """Time both optimizers and print the ratio."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parameters", type=int, default=90)
     count = parser.parse_args().parameters
@@ -59,9 +59,9 @@ def main() -> None:
     lists = [tensors() for _ in range(4)]
     always = torch.tensor(True).to(device)
     new = record(lambda: ours.update(*lists, lr, step.to(device), always))
-    print(f"{count} parameters, ms to record a step")
+    print(f"{count} parameters, ms to trace a step")
     print(f"{'torch.optim.AdamW (capturable)':<32}{old:>8.1f}{1.0:>8.2f}")
-    print(f"{'rae_xla.train.adamw':<32}{new:>8.1f}{new / old:>8.2f}")
+    print(f"{'rae_xla.train.optimizers':<32}{new:>8.1f}{new / old:>8.2f}")
 
 
 if __name__ == "__main__":

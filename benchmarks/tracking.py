@@ -1,13 +1,13 @@
-"""What tracking by wandb takes of a training whose wandb server cannot be reached.
+"""Measure what wandb costs a training whose wandb server is unreachable.
 
     OMP_NUM_THREADS=1 python benchmarks/tracking.py [--steps 200] [--batch 64] [--rounds 3]
     python benchmarks/tracking.py --main-thread
 
-The same run is made in turn without tracking, with a server that refuses the connection, one that
-never answers, one that answers with errors, and offline. The ratios are of whole runs, from the
-command to its end, to the one without in the same round. ``--main-thread`` trains nothing: it has
-a tracker log 40 lines in 20 seconds and counts what of that time the calling thread spent in it. It
-tells more than whole runs on a machine that has other work.
+The same run is repeated without tracking, with a server that refuses the connection, one that
+never answers, one that answers with errors, and offline. Ratios compare complete runs with the run
+without tracking in the same round. ``--main-thread`` does not train: it logs 40 lines with a
+tracker in 20 seconds and measures the time that the calling thread spends in it, which is more
+reliable than complete runs on a busy machine.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from world import SCALES, make_world, rae_xla
 
 
 class Broken(BaseHTTPRequestHandler):
-    """Answers with status 500."""
+    """A server that answers with status 500."""
 
     def log_message(self, *_: object) -> None:
-        """Keep quiet."""
+        """Log nothing."""
 
     def _answer(self) -> None:
         self.send_error(500)
@@ -43,7 +43,7 @@ class Broken(BaseHTTPRequestHandler):
 
 @contextmanager
 def servers() -> Iterator[dict[str, str]]:
-    """Addresses of servers that are of no use, by how they fail."""
+    """Start failing servers and yield their addresses by the kind of failure."""
     silent = socket.create_server(("127.0.0.1", 0), backlog=100)  # it never accepts
     broken = ThreadingHTTPServer(("127.0.0.1", 0), Broken)
     threading.Thread(target=broken.serve_forever, daemon=True).start()
@@ -61,9 +61,9 @@ def servers() -> Iterator[dict[str, str]]:
 
 
 def in_the_main_thread() -> float:
-    """Seconds that the thread which trains spends in its tracker: opening, 40 lines, the end."""
+    """Return the seconds that the calling thread spends in a tracker: open, 40 lines, close."""
     from rae_xla.config import load_config
-    from rae_xla.train.tracking import Tracker
+    from rae_xla.train.tracking.tracker import Tracker
 
     config = load_config(None, overrides=["tracking.wandb=true"])
     with tempfile.TemporaryDirectory() as folder, redirect_stderr(io.StringIO()):
@@ -78,19 +78,21 @@ def in_the_main_thread() -> float:
 
 
 def point_at(address: str) -> None:
-    """Have wandb send to a server, or with none keep to the disk."""
+    """Set the address of the wandb server; an empty one selects offline mode."""
     os.environ["WANDB_API_KEY"] = "a" * 40
     os.environ["WANDB_BASE_URL"] = address or "http://127.0.0.1:9"
     os.environ["WANDB_MODE"] = "online" if address else "offline"
 
 
 def main() -> None:
-    """Take turns, and print the ratios."""
+    """Measure every case in every round and print the ratios."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--main-thread", action="store_true", help="see above")
+    parser.add_argument(
+        "--main-thread", action="store_true", help="measure only the time in the tracker"
+    )
     args = parser.parse_args()
     if args.main_thread:
         with servers() as addresses:

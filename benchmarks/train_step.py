@@ -2,9 +2,9 @@
 
     python benchmarks/train_step.py [--scale digits|S] [--backends torch,...] [key=value ...]
 
-Each backend runs ``rae-xla train stage2`` in a process of its own on the same shards; the figures
-are those the run logs (``perf/step_time``, ``perf/data_wait``), without its first step, which
-compiles. Ratios are to the first backend.
+Each backend runs ``rae-xla train stage2`` in a process of its own on the same shards; the
+numbers are those that the run logs (``perf/step_time``, ``perf/data_wait``), without its first
+step, which compiles. Ratios are relative to the first backend.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ from world import BACKENDS, SCALES, make_world, rae_xla
 
 
 def main() -> None:
-    """Run, gather, print."""
+    """Run every backend and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--scale", choices=SCALES, default="digits")
-    parser.add_argument("--backends", default=";".join(BACKENDS), help="names, between semicolons")
+    parser.add_argument(
+        "--backends", default=";".join(BACKENDS), help="names, separated by semicolons"
+    )
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_intermixed_args()

@@ -1,4 +1,4 @@
-"""Data and a configuration to time a run on: random images and a random encoder of real shape."""
+"""Data and a configuration for benchmarks: random images and a random encoder of real shape."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 
 @dataclass(frozen=True)
 class Scale:
-    """Sizes of one benchmark."""
+    """Sizes of a benchmark."""
 
     image: int
     encoder_input: int
@@ -31,7 +31,7 @@ class Scale:
 
 
 SCALES = {
-    # the quickstart's sizes: what a laptop trains
+    # the sizes of the quickstart, for a laptop
     "digits": Scale(
         image=32,
         encoder_input=32,
@@ -42,7 +42,7 @@ SCALES = {
         model={"hidden_size": [96, 192], "depth": [4, 2], "num_heads": [4, 4]},
         batch=64,
     ),
-    # the published DiT-DH-S on DINOv2-B latents: what one GPU trains
+    # the published DiT-DH-S on DINOv2-B latents, for one GPU
     "S": Scale(
         image=256,
         encoder_input=224,
@@ -65,8 +65,8 @@ def make_world(folder: Path, scale: Scale, images: int) -> Path:
     """Write shards, an encoder, a decoder configuration and ``run.yaml``; return the last."""
     from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
-    from rae_xla.data.shards import write_shards
-    from rae_xla.data.sources import array_source
+    from rae_xla.data.shards.sources import array_source
+    from rae_xla.data.shards.writer import write_shards
 
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (images, scale.image, scale.image, 3), dtype=np.uint8)

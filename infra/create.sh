@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Create a pod: a TPU VM, or a queued resource of one slice or several. It is safe to run it again.
+# Create a pod: a TPU VM, or a queued resource of one or several slices. Repeated runs are safe.
 . "$(dirname "${BASH_SOURCE[0]}")/lib_pod.sh"
 
 usage() {
@@ -7,8 +7,8 @@ usage() {
 usage: bash infra/create.sh [--no-wait] [--dry-run] [--env=FILE]
 
 Creates what infra/pod.env (or FILE) describes and waits until it is ready.
-  --no-wait   do not wait for a queued resource's turn
-  --dry-run   print the commands and run none
+  --no-wait   return without waiting for a queued resource
+  --dry-run   print the commands without running them
 TEXT
 }
 wait=true
@@ -41,17 +41,17 @@ state=none
 $dry_run || state=$(pod_state)
 case $state in
     none*)
-        $dry_run || say "creating $NAME: $SLICES x $ACCELERATOR, $CAPACITY, in $ZONE"
-        tpus "${create[@]}" "${CREATE_OPTIONS[@]}" || fail "the cloud would not; see above"
+        $dry_run || info "creating $NAME: $SLICES x $ACCELERATOR, $CAPACITY, in $ZONE"
+        tpus "${create[@]}" "${CREATE_OPTIONS[@]}" || fail "gcloud refused; see above"
         ;;
-    lost*) fail "$NAME is lost ($state): delete it first (infra/delete.sh), or let infra/watch.sh do both" ;;
-    unknown*) fail "the cloud gives no answer: try gcloud compute tpus tpu-vm list --zone=$ZONE" ;;
-    *) say "$NAME is there already: $state" ;;
+    lost*) fail "$NAME is lost ($state): delete it first (infra/delete.sh), or use infra/watch.sh, which recreates it" ;;
+    unknown*) fail "gcloud does not answer: try gcloud compute tpus tpu-vm list --zone=$ZONE" ;;
+    *) info "$NAME exists already: $state" ;;
 esac
 ! $dry_run || exit 0
 for ((;;)); do
     state=$(pod_state)
-    say "$NAME: $state"
+    info "$NAME: $state"
     case $state in
         ready*) break ;;
         lost*) fail "$NAME was lost before it was ready" ;;

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Delete a pod, and with it everything on its disks; what is in buckets stays. Asks first.
+# Delete a pod and everything on its disks, after a confirmation. Buckets are not touched.
 . "$(dirname "${BASH_SOURCE[0]}")/lib_pod.sh"
 
 usage() {
     cat <<'TEXT'
 usage: bash infra/delete.sh [--yes] [--dry-run] [--env=FILE]
 
-  --yes       do not ask
-  --dry-run   print the command and run none
+  --yes       delete without confirmation
+  --dry-run   print the command without running it
 TEXT
 }
 sure=false
@@ -16,17 +16,17 @@ read_options "$@"
 if ! $dry_run; then
     state=$(pod_state)
     case $state in
-        none*) say "there is no $NAME in $ZONE" && exit ;;
-        unknown*) fail "the cloud gives no answer: nothing was deleted" ;;
+        none*) info "$NAME does not exist in $ZONE" && exit ;;
+        unknown*) fail "gcloud does not answer: nothing was deleted" ;;
     esac
     if ! $sure; then
-        read -r -p "Delete $NAME in $ZONE ($state), with all on its disks? Type its name: " answer || true
+        read -r -p "Delete $NAME in $ZONE ($state), and everything on its disks? Type its name: " answer || true
         [[ ${answer:-} == "$NAME" ]] || fail "not deleted"
     fi
-    say "deleting $NAME"
+    info "deleting $NAME"
 fi
 if [[ $KIND == queued ]]; then
-    tpus queued-resources delete "$NAME" --force # its nodes, too
+    tpus queued-resources delete "$NAME" --force # --force: with its nodes
 else
     tpus tpu-vm delete "$NAME"
 fi

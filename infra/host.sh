@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# What is done on a host of a pod. The other scripts call it over ssh: host.sh NODE VERB ARGUMENT...
+# Commands that run on a host of a pod. The other scripts call it over ssh: host.sh NODE VERB ARGUMENT...
 set -euo pipefail
 node=$1 verb=$2
 shift 2
 worker=$(hostname)
 me=$node/${worker##*-w-}
 code=$HOME/rae_xla run=$HOME/rae_xla.run session=rae_xla
-say() { printf '%s: %s\n' "$me" "$*"; }
-fail() { say "error: $*" >&2 && exit 2; }
+info() { printf '%s: %s\n' "$me" "$*"; }
+fail() { info "error: $*" >&2 && exit 2; }
 alive() { tmux has-session -t "=$session" 2>/dev/null; }
 umask 077 && mkdir -p "$code" "$run" && cd "$code"
 
-# A line for people and for watch.sh: STATE, exit status, last step, its age in seconds.
+# Print one line, which watch.sh parses: STATE, exit status, last step, its age in seconds.
 report() {
     local state=idle status=- step=- age=- metrics
     [[ ! -e $run/command ]] || state=died
@@ -23,10 +23,10 @@ report() {
         step=$(tail -n 1 "${metrics#* }" | grep -oE '"step": *[0-9]+' | grep -oE '[0-9]+' || echo -)
         age=$(($(date +%s) - ${metrics%%.*}))
     fi
-    say "$state $status $step $age"
+    info "$state $status $step $age"
 }
 
-# Of the processes in the session the one that trains, not the shells that wait for it.
+# Print the id of the process that trains, not of the shells that wait for it.
 main_process() {
     local pid child
     pid=$(<"$run/pid")
@@ -35,15 +35,15 @@ main_process() {
 }
 
 case $verb in
-    unpack) # FILE COMMIT: the code, and away with what the last one had besides
-        [[ $(cat .commit 2>/dev/null) != "$2" ]] || { say "the code is there: ${2:0:12}" && exit; }
-        ! alive || fail "a run goes on here with other code: stop it first (infra/stop.sh)"
+    unpack) # FILE COMMIT: unpack the code and remove files that only the previous code had
+        [[ $(cat .commit 2>/dev/null) != "$2" ]] || { info "code is up to date: ${2:0:12}" && exit; }
+        ! alive || fail "a run is active on this host with other code: stop it first (infra/stop.sh)"
         [[ ! -e .files ]] || xargs -0 rm -f -- <.files
         rm -f .commit
         tar -xzf "$1"
         tar -tzf "$1" | grep -v '/$' | tr '\n' '\0' >.files
         echo "$2" >.commit
-        say "code: ${2:0:12}"
+        info "code: ${2:0:12}"
         ;;
     install) # BUCKET MOUNT_POINT
         command -v tmux >/dev/null || sudo apt-get install -y -o DPkg::Lock::Timeout=300 tmux
@@ -53,18 +53,18 @@ case $verb in
         [[ -z $2 ]] || bash setup_gcs_mount.sh "gs://$1" "$2" 2>&1 | sed -u "s|^|$me: |"
         ;;
     doctor) .venv/bin/rae-xla doctor "$@" 2>&1 | sed -u "s|^|$me: |" ;;
-    start) # reads the script to run, secrets in it
+    start) # reads the script to run, which may contain secrets, from standard input
         cat >"$run/command.new"
-        [[ $(tail -n 1 "$run/command.new") == "# complete" ]] || fail "the command did not come whole"
+        [[ $(tail -n 1 "$run/command.new") == "# complete" ]] || fail "the command arrived incomplete"
         [[ -e .venv/bin/activate ]] || fail "this host is not set up: infra/setup.sh"
         if alive; then
-            cmp -s "$run/command.new" "$run/command" || fail "another run goes on here: infra/stop.sh"
-            say "it runs already" && exit
+            cmp -s "$run/command.new" "$run/command" || fail "another run is active on this host: stop it first (infra/stop.sh)"
+            info "already running" && exit
         fi
         mv "$run/command.new" "$run/command"
         rm -f "$run/status" "$run/stop" "$run/pid"
         tmux new-session -d -s "$session" "bash infra/host.sh $node run"
-        say "started; log: $run/log"
+        info "started; log: $run/log"
         ;;
     run) # in tmux
         trap '' HUP
@@ -79,7 +79,7 @@ case $verb in
         ;;
     state) report ;;
     log) tail -n "$1" ${2:+"$2"} "$run/log" | sed -u "s|^|$me: |" ;;
-    stop | end) # SECONDS: SIGTERM, on which a run saves; after that long SIGKILL. After `stop`, for good.
+    stop | end) # SECONDS: SIGTERM, on which a run saves; SIGKILL after that time. `stop` also marks the run as stopped.
         if alive; then
             [[ $verb == end ]] || touch "$run/stop"
             kill -TERM "$(main_process)" || true
@@ -88,12 +88,12 @@ case $verb in
                 sleep 1
             done
             if alive; then
-                say "not ended after $1 s: killed"
+                info "still running after $1 s: killed"
                 kill -KILL -- "-$(<"$run/pid")"
                 while alive; do sleep 1; done
             fi
         fi
         report
         ;;
-    *) fail "unknown: $verb" ;;
+    *) fail "unknown verb: $verb" ;;
 esac

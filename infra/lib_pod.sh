@@ -1,13 +1,13 @@
-# shellcheck shell=bash disable=SC2034  # the scripts use what is set here
-# What the scripts of this folder have in common: options, settings, the cloud, its hosts. Sourced.
+# shellcheck shell=bash disable=SC2034  # the variables are used by the scripts that source this file
+# Functions of the scripts in this folder: options, settings, gcloud, hosts. Sourced, not executed.
 set -euo pipefail
-say() { printf 'pod: %s\n' "$*"; }
+info() { printf 'pod: %s\n' "$*"; }
 fail() { printf 'pod: error: %s\n' "$*" >&2 && exit 2; }
 ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) || fail "bash 4.4 is needed (macOS: brew install bash)"
 root=$(cd -P "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 settings=$root/infra/pod.env dry_run=false
-option() { false; } # a script with options of its own has its own
-# read_options ARGUMENT...: then the settings. $words: the first that is no option and all after it.
+option() { false; } # scripts with more options override this
+# read_options ARGUMENT...: parse options, read the settings, set $words to the remaining arguments.
 read_options() {
     while (($#)); do
         case $1 in
@@ -21,7 +21,7 @@ read_options() {
         shift
     done
     words=("$@")
-    [[ -f $settings ]] || fail "there is no $settings: copy infra/pod.env.example and set what is in it"
+    [[ -f $settings ]] || fail "$settings does not exist: copy infra/pod.env.example and fill it in"
     NAME='' PROJECT='' ZONE='' ACCELERATOR='' RUNTIME_VERSION='' KIND=vm CAPACITY=on-demand SLICES=1
     BUCKET='' MOUNT_POINT='' CREATE_OPTIONS=() PASS_ENV="BUCKET SLICES WANDB_API_KEY HF_TOKEN"
     # shellcheck source=/dev/null
@@ -37,43 +37,43 @@ read_options() {
     nodes=("$NAME")
     ((SLICES == 1)) || mapfile -t nodes < <(seq -f "$NAME-%.0f" 0 $((SLICES - 1)))
 }
-must_be() { [[ ${!1} =~ ^($2)$ ]] || fail "$settings: $1='${!1}' is not right: it must be $3"; }
+must_be() { [[ ${!1} =~ ^($2)$ ]] || fail "$settings: $1='${!1}' is invalid: it must be $3"; }
 quoted() { printf '%q ' "$@"; }
-# tpus WORD...: `gcloud compute tpus WORD...` for this project and zone; or only print it.
+# tpus WORD...: run `gcloud compute tpus WORD...` for this project and zone, or print it (--dry-run).
 tpus() {
     local command=(gcloud compute tpus "$@" --zone="$ZONE" --project="$PROJECT" --quiet)
     if $dry_run; then quoted "${command[@]}" && echo; else "${command[@]}"; fi
 }
 
-# ask RESOURCE NAME FIELD: its value; "none" without the resource, "unknown" without an answer.
-ask() {
+# query RESOURCE NAME FIELD: print the value, "none" (no such resource) or "unknown" (no answer).
+query() {
     local answer
     if answer=$(tpus "$1" describe "$2" --format="value($3)" --verbosity=error 2>&1 </dev/null); then
         echo "$answer"
     elif [[ $answer == *NOT_FOUND* ]]; then echo none; else echo unknown; fi
 }
-# pod_state: none, waiting, ready, lost or unknown; then what the cloud says of resource and nodes.
+# pod_state: print none, waiting, ready, lost or unknown, then the states that gcloud reports.
 pod_state() {
-    local said=() node state=waiting
-    [[ $KIND == vm ]] || said=("$(ask queued-resources "$NAME" state.state)")
-    for node in "${nodes[@]}"; do said+=("$(ask tpu-vm "$node" state)"); done
-    case " ${said[*]} " in
+    local states=() node state=waiting
+    [[ $KIND == vm ]] || states=("$(query queued-resources "$NAME" state.state)")
+    for node in "${nodes[@]}"; do states+=("$(query tpu-vm "$node" state)"); done
+    case " ${states[*]} " in
         *" unknown "*) state=unknown ;;
         " none "*) state=none ;;
         *" PREEMPTED "* | *" TERMINATED "* | *" SUSPENDED "* | *" FAILED "*) state=lost ;;
     esac
-    [[ ! " ${said[*]}" =~ ^(\ READY|\ ACTIVE)+$ ]] || state=ready
-    echo "$state ${said[*]}"
+    [[ ! " ${states[*]}" =~ ^(\ READY|\ ACTIVE)+$ ]] || state=ready
+    echo "$state ${states[*]}"
 }
 
-# on_host NODE WORKER COMMAND: over ssh, without gcloud's remarks about its progress.
+# on_host NODE WORKER COMMAND: run it over ssh, without the progress messages of gcloud.
 on_host() {
     tpus tpu-vm ssh "$1" --worker="$2" --command="$3" \
         2> >(grep --line-buffered -vE '^(SSH: Attempting|Using ssh batch size)' >&2)
 }
 wait_for() { local job status=0 && for job; do wait "$job" || status=$?; done && return "$status"; }
 
-# on_hosts WORKER COMMAND...: infra/host.sh there, on a worker of each node or on `all`, all at once.
+# on_hosts WORKER COMMAND...: run infra/host.sh on one worker of each node, or on `all`, in parallel.
 on_hosts() {
     local node jobs=()
     for node in "${nodes[@]}"; do
@@ -83,14 +83,15 @@ on_hosts() {
     wait_for "${jobs[@]}"
 }
 
-# send FILE COMMAND: on every host (of NODE), to read FILE; 8 at a time. (Of `all`, one would get it.)
+# send FILE COMMAND: run a command that reads FILE on every host, 8 at a time; NODE in it is replaced.
+# (With --worker=all only one host would get the input.)
 send() {
     local node worker count=1 jobs=()
     for node in "${nodes[@]}"; do
-        $dry_run || count=$(ask tpu-vm "$node" "networkEndpoints.len()")
-        [[ $count =~ ^[1-9][0-9]*$ ]] || fail "$node: cannot tell how many hosts it has ($count)"
+        $dry_run || count=$(query tpu-vm "$node" "networkEndpoints.len()")
+        [[ $count =~ ^[1-9][0-9]*$ ]] || fail "$node: the number of its hosts is unknown ($count)"
         for ((worker = 0; worker < count; worker++)); do
-            on_host "$node" "$worker" "${2//NODE/$node}" <"$1" & # a status is kept until it is asked for
+            on_host "$node" "$worker" "${2//NODE/$node}" <"$1" & # bash keeps the exit status until `wait`
             jobs+=($!) && { ((${#jobs[@]} % 8)) || wait "${jobs[@]: -8}" || true; }
         done
     done

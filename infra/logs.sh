@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Show and follow what a run prints, on worker 0 or on all hosts. Ctrl-C ends the showing only.
+# Show and follow the output of a run, on worker 0 or on all hosts. Ctrl-C does not stop the run.
 . "$(dirname "${BASH_SOURCE[0]}")/lib_pod.sh"
 
 usage() {
@@ -7,10 +7,10 @@ usage() {
 usage: bash infra/logs.sh [--all | --worker=N] [--lines=N] [--no-follow] [--dry-run] [--env=FILE]
 
   --all         every host; each line begins with its host, NODE/WORKER
-  --worker=N    this worker of every slice (0)
-  --lines=N     begin with the last N lines (50)
-  --no-follow   and end there
-  --dry-run     print the commands and run none
+  --worker=N    this worker of every slice (default: 0)
+  --lines=N     start with the last N lines (default: 50)
+  --no-follow   exit after these lines
+  --dry-run     print the commands without running them
 TEXT
 }
 worker=0 lines=50 follow=-F

@@ -1,14 +1,15 @@
 # shellcheck shell=bash
-# The parts of install_spmd.sh: what machine this is, which Python, steps that take a while. Sourced.
+# Functions of install_spmd.sh: detect the accelerator, find a Python, run timed steps. Sourced, not
+# executed.
 
-say() { printf 'install: %s\n' "$*"; }
+info() { printf 'install: %s\n' "$*"; }
 
 fail() {
     printf 'install: error: %s\n' "$*" >&2
     exit 2
 }
 
-# detect_accelerator [ROOT]: tpu, cuda or cpu. ROOT stands for / in the tests.
+# detect_accelerator [ROOT]: print tpu, cuda or cpu. The tests pass a ROOT that replaces /.
 detect_accelerator() {
     if has_tpu "${1:-}"; then
         echo tpu
@@ -19,9 +20,10 @@ detect_accelerator() {
     fi
 }
 
-# TPUs up to v4 are /dev/accelN. Later ones are /dev/vfio/N, as any device handed to a user program
-# is: the PCI ids (those torch_xla looks for) or the variables of a TPU virtual machine tell them.
-# (/dev/accel/ without a number is the kernel's folder for other makers' accelerators.)
+# has_tpu ROOT: TPUs up to v4 appear as /dev/accelN. Later ones appear as /dev/vfio/N, like any
+# device that is passed to user space; the PCI ids (those torch_xla looks for) or the environment
+# variables of a TPU VM identify them. (/dev/accel/ without a number is the kernel's directory for
+# accelerators of other vendors.)
 has_tpu() {
     local root=$1 device
     compgen -G "$root/dev/accel[0-9]*" >/dev/null && return
@@ -36,7 +38,7 @@ has_tpu() {
     return 1
 }
 
-# find_python [WHICH]: the path of the newest usable Python, or of the usable one that is asked for.
+# find_python [WHICH]: print the path of the newest usable Python, or of the requested one.
 find_python() {
     local candidate
     while read -r candidate; do
@@ -51,7 +53,7 @@ find_python() {
     return 1
 }
 
-# list_pythons MINOR...: what may be a Python, the best first.
+# list_pythons MINOR...: print candidates, the preferred ones first.
 list_pythons() {
     local minor
     for minor; do
@@ -63,8 +65,8 @@ list_pythons() {
     echo python
 }
 
-# usable_python CANDIDATE [WHICH]: its real path, if it runs (a pyenv shim may not), is a version
-# that torch_xla has wheels for, and has something to install packages with.
+# usable_python CANDIDATE [WHICH]: print the real path of the candidate if it runs (a pyenv shim may
+# not), is a version that torch_xla has wheels for, and can install packages.
 usable_python() {
     "$1" - "${2:-}" "$(command -v uv)" <<'PY' 2>/dev/null
 import os, sys
@@ -72,17 +74,17 @@ from importlib.util import find_spec
 
 which, uv = sys.argv[1:]
 version = sys.version_info[:2]
-wanted = not which.startswith("3.") or which == f"{version[0]}.{version[1]}"
-if not (wanted and (3, 10) <= version < (3, 13)):
+matches = not which.startswith("3.") or which == f"{version[0]}.{version[1]}"
+if not (matches and (3, 10) <= version < (3, 13)):
     sys.exit(1)
 if not (uv or find_spec("ensurepip") or find_spec("pip")):
     sys.exit(1)
-print(os.path.realpath(sys.executable))  # of a virtual environment: its base, which stays
+print(os.path.realpath(sys.executable))  # of a virtual environment: the interpreter it is based on
 PY
 }
 
-# make_venv PYTHON DIR: Debian's and Ubuntu's Python (the TPU virtual machines') may lack ensurepip,
-# without which venv cannot give the environment a pip; theirs can.
+# make_venv PYTHON DIR: create an environment with pip. The Python of Debian and Ubuntu (and so of
+# TPU VMs) may lack ensurepip, which venv needs to install pip; the system's pip serves then.
 make_venv() {
     if "$1" -c 'import ensurepip' 2>/dev/null; then
         "$1" -m venv "$2"
@@ -93,29 +95,29 @@ make_venv() {
     fi
 }
 
-# work NAME COMMAND...: a step that may take minutes. Its output goes to $log; every quarter of a
-# minute a line tells how far it is, by what its output says if that is anything new.
-work() {
+# run_step NAME COMMAND...: run a step that may take minutes. Its output goes to $log; every 15
+# seconds one line shows the elapsed time and the last line of the output, if that has changed.
+run_step() {
     local name=$1 begin=$SECONDS beat=15 job line='' now
     shift
-    # shellcheck disable=SC2154  # install_spmd.sh says where the log is
+    # shellcheck disable=SC2154  # install_spmd.sh defines log
     "$@" >>"$log" 2>&1 </dev/null &
     job=$!
-    # shellcheck disable=SC2064  # this job, not a later one
+    # shellcheck disable=SC2064  # expands now: this job, not a later one
     trap "kill $job 2>/dev/null || true" EXIT
     while kill -0 "$job" 2>/dev/null; do
         sleep 0.1
         if ((SECONDS - begin >= beat)); then
             now=$(tail -n 1 "$log" | cut -c 1-80)
-            [[ $now != "$line" ]] && line=$now || now="still at that"
-            say "  $name, $beat s: $now"
+            [[ $now != "$line" ]] && line=$now || now="still running"
+            info "  $name, $beat s: $now"
             beat=$((beat + 15))
         fi
     done
     if ! wait "$job"; then
         tail -n 20 "$log" >&2
-        fail "$name did not work; the whole log is $log, and a new run takes it up again"
+        fail "$name failed; the full log is $log; run the command again to resume"
     fi
     trap - EXIT
-    say "$name: $((SECONDS - begin)) s"
+    info "$name: $((SECONDS - begin)) s"
 }

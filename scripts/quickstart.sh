@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Real handwritten digits to generated ones, through every stage of the system, in some minutes:
+# From real handwritten digits to generated ones, through every stage of the system, in some minutes:
 # SPMD over 4 virtual XLA devices of this machine's CPU, as over the chips of a TPU slice.
 # The results are a page, results/quickstart/report.html, and a table.
 #
-# Started again, it goes on where it stopped. Delete one step's result to repeat from there, or
+# A second run resumes where the first one stopped. Delete the result of a step to repeat from there, or
 # results/quickstart to start over.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -15,12 +15,12 @@ source .venv/bin/activate
 
 out=results/quickstart
 configs=configs/quickstart
-# A CUDA machine has no torch_xla: the same steps on plain torch.
+# Without torch_xla, as on a CUDA machine, the same steps run on plain torch.
 settings=()
 python -c 'import torch_xla' 2>/dev/null || settings=(runtime.backend=torch)
 
 begin_steps $out
-printf '\nThirteen steps, six to seventeen minutes on two cores, two thirds of them for training stage 2.\n'
+printf '\nThirteen steps: 6 to 17 minutes on two cores, two thirds of the time for training stage 2.\n'
 
 step "write real digits as images" $out/images \
     python scripts/quickstart/digits.py --out $out/images
@@ -38,7 +38,7 @@ step "train stage 1, the decoder" $out/stage1 \
     rae-xla train stage1 --config $configs/stage1.yaml --results-dir $out/stage1 "${settings[@]}"
 
 step "export the decoder" $out/decoder.pt \
-    rae-xla export decoder --ckpt $out/stage1 --out $out/decoder.pt
+    rae-xla checkpoints export $out/stage1 --what decoder --out $out/decoder.pt
 
 step "measure latent statistics" $out/stat.pt \
     rae-xla stats --config $configs/stage2.yaml --out $out/stat.pt "${settings[@]}"
@@ -58,7 +58,7 @@ step "sample with guidance" $out/samples/guided \
     rae-xla sample --config $configs/sample.yaml --ckpt $out/stage2 --num-samples 360 \
     --batch-size 360 --out $out/samples/guided "${settings[@]}"
 
-step "judge the results" $out/judge.json \
+step "evaluate the results" $out/judge.json \
     python scripts/quickstart/judge.py --images $out/images --reconstructed $out/reconstructed \
     --generated "generated, no guidance=$out/samples/plain/samples.npz" \
     --generated "generated, guided=$out/samples/guided/samples.npz" --out $out/judge.json

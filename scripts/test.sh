@@ -1,38 +1,45 @@
 #!/usr/bin/env bash
-# Formatting, lint, types, import contract and tests; on a bare machine, what they need comes first.
+# Check formatting, lint and types, and run the tests. On a bare machine, install first.
 set -uo pipefail
 
 usage() {
-    cat <<'EOF'
-usage: bash scripts/test.sh [--fast | --slow] [--no-lint] [--python PYTHON] [-- PYTEST ARGUMENTS]
+    cat <<'USAGE'
+usage: bash scripts/test.sh [--fast | --nightly] [--no-lint] [--python PYTHON] [-- PYTEST ARGUMENTS]
 
-  --fast             what two minutes are enough for: no slow tests, none that need torch_xla, and
-                     of the others none in tests/integration and none marked unhurried
-  --slow             the slow tests too
-  --no-lint          the tests alone: no formatting, lint, type or import checks
-  --python PYTHON    test with this interpreter as it is, and install nothing
-  -- ARGUMENTS       for pytest: paths choose among the test files, the rest goes to every process
+Without an option, every invariant is tested at the smallest scale that can break it: at most 15
+minutes on two cores.
 
-The last line is the sum over every pytest process: N passed, N failed[, N skipped].
-EOF
+  --fast             at most two minutes: no test that is marked slow, none of tests/integration and
+                     none that needs torch_xla
+  --nightly          the exhaustive tests too (all topologies, many kills, long runs), and the fast
+                     tests on every other supported Python; run it before a release
+  --slow             the default; accepted for older callers
+  --no-lint          tests only: no formatting, lint, type or shell checks
+  --python PYTHON    an interpreter: use its environment as it is and install nothing.
+                     A version, such as 3.10: use .venv-3.10 with plain torch, and install it first
+  -- ARGUMENTS       arguments for pytest; paths select test files, everything else is passed to
+                     every pytest process
+
+The last line is the total over all pytest processes: N passed, N failed[, N skipped].
+USAGE
 }
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+. scripts/lib_install.sh
 . scripts/lib_test.sh
 
-marks="not slow"
-fast=false
-with_xla=true
+level=default
 with_lint=true
 python=
 options=()
 paths=()
 while (($#)); do
     case $1 in
-        --fast) fast=true with_xla=false ;;
-        --slow) marks= ;;
+        --fast) level=fast ;;
+        --slow) level=default ;;
+        --nightly) level=nightly ;;
         --no-lint) with_lint=false ;;
-        --python) python=${2:?needs an interpreter} && shift ;;
+        --python) python=${2:?needs an interpreter or a version} && shift ;;
         -h | --help) usage && exit ;;
         --)
             shift
@@ -49,28 +56,32 @@ done
 if [[ -z $python ]]; then
     bash install_spmd.sh || exit 1
     python=.venv/bin/python
+elif [[ $python == 3.* ]]; then
+    install_for "$python" || exit 1
+    python=.venv-$python/bin/python
 fi
 
-# The same numbers wherever this runs, and no network. Two processes share a small machine's cores.
+# The same numbers on every machine, and no network access. Two processes share two cores.
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false WANDB_MODE=offline
 
 if $with_lint; then
     heading "checks"
     tools=$(dirname "$python")
+    mapfile -t scripts < <(find . -path './.?*' -prune -o -name '*.sh' -print | sort)
+    step "mypy" "$tools/mypy" >"$results/mypy.out" & # takes a minute at first: alongside the tests
+    mypy_job=$!
     step "ruff format" "$tools/ruff" format --check --quiet --diff .
     step "ruff check" "$tools/ruff" check --quiet .
-    step "mypy" "$tools/mypy"
-    step "import contract" "$tools/lint-imports"
-    mapfile -t scripts < <(find . -path './.?*' -prune -o -name '*.sh' -print | sort)
     step "shellcheck" "$tools/shellcheck" "${scripts[@]}" .ci/run
 fi
 
-# Whoever names files wants them whole.
+# Files that are named explicitly run in full, but for their nightly tests.
+marks="not nightly"
 left_out=
-if $fast && ((!${#paths[@]})); then
-    marks="$marks and not unhurried"
-    left_out=tests/integration/
-fi
+case $level in
+    nightly) marks= ;;
+    fast) ((${#paths[@]})) || marks="not slow and not nightly" left_out=tests/integration/ ;;
+esac
 
 plain_files=()
 xla_files=()
@@ -84,27 +95,38 @@ done < <(test_files "${paths[@]:-tests}")
 
 if ((${#plain_files[@]})); then
     heading "tests on plain torch"
-    # Each file stays whole on one of two workers.
-    run_pytest "plain torch" "${marks:+$marks and }not xla" \
-        -n 2 --dist loadfile --durations=10 "${options[@]}" "${plain_files[@]}"
+    test_plain "plain torch" "$marks" "${plain_files[@]}"
 fi
 
-if $with_xla && ((${#xla_files[@]})); then
-    heading "tests on XLA, 4 virtual devices: one process per file, two at a time"
+if $with_lint; then
+    wait "$mypy_job"
+    cat "$results/mypy.out"
+fi
+
+if [[ $level != fast ]] && ((${#xla_files[@]})); then
+    heading "tests on XLA, 4 virtual devices: two processes at a time"
     if "$python" -c 'import torch_xla' 2>/dev/null; then
-        export PJRT_DEVICE=CPU CPU_NUM_DEVICES=4
-        for file in "${xla_files[@]}"; do
-            while (($(jobs -rp | wc -l) >= 2)); do wait -n; done
-            # A third of the time to compile. Convolutions, though, would be computed slowly.
-            flags=--xla_backend_optimization_level=0
-            [[ $file != *gan* && $file != *evaluate* ]] || flags=
-            XLA_FLAGS="$flags ${XLA_FLAGS:-}" \
-                run_pytest "$file" "$marks" -p no:cacheprovider "${options[@]}" "$file" &
-        done
-        wait
+        test_xla "$marks" "${xla_files[@]}"
     else
-        printf 'NOT RUN, torch_xla is not installed here: %s\n' "${xla_files[@]}"
+        printf 'NOT RUN, torch_xla is not installed in this environment: %s\n' "${xla_files[@]}"
     fi
+fi
+
+if [[ $level == nightly ]] && ((!${#paths[@]})); then
+    main_version=$("$python" -c 'import sys; print(f"3.{sys.version_info.minor}")')
+    PATH=$PWD/$(dirname "$python"):$PATH # uv of this environment shares its downloads with the others
+    mapfile -t fast_files < <(test_files tests | grep -v -e '^tests/integration/' -e '_xla\.py$')
+    for version in 3.10 3.11 3.12; do
+        [[ $version != "$main_version" ]] || continue
+        heading "fast tests and a training on Python $version"
+        if ! find_python "$version" >/dev/null; then
+            printf 'NOT RUN, there is no Python %s on this machine\n' "$version"
+        elif step "install for Python $version" install_for "$version"; then
+            python=.venv-$version/bin/python
+            test_plain "Python $version" "not slow and not nightly" "${fast_files[@]}"
+            test_plain "training on Python $version" "not nightly" $training_test
+        fi
+    done
 fi
 
 finish

@@ -1,10 +1,10 @@
-"""Make the wandb dashboard of a project: a workspace with the panels a run is watched by.
+"""Create the wandb dashboard of a project: a workspace with the panels for monitoring runs.
 
     python infra/wandb/dashboard.py --project rae_xla [--entity TEAM] [--name NAME]
     python infra/wandb/dashboard.py --dry-run
 
 Needs `pip install wandb-workspaces` (the `dashboard` extra) and a wandb login; --dry-run prints the
-panels as JSON and asks nobody.
+panels as JSON and needs no network.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rae_xla.config import TrackingConfig
-from rae_xla.train.wandb_sink import wandb_place
+from rae_xla.train.tracking.wandb_sink import wandb_place
 
 
 @dataclass(frozen=True)
@@ -25,69 +25,69 @@ class Panel:
     """One panel.
 
     Attributes:
-        title: for people.
-        figures: what it shows, of ``rae_xla/train/figures.py``; of pictures, ``samples/…``.
-        log: whether its y axis is logarithmic.
+        title: heading of the panel.
+        metrics: names from ``rae_xla/train/metrics.py``, or ``samples/...`` for images.
+        log: whether the y axis is logarithmic.
     """
 
     title: str
-    figures: tuple[str, ...]
+    metrics: tuple[str, ...]
     log: bool = False
 
 
 SECTIONS = {
-    "How it learns": (
+    "Learning": (
         Panel("Loss", ("train/loss",), log=True),
         Panel("Gradient norm", ("train/grad_norm",), log=True),
         Panel("Learning rate", ("opt/lr", "opt/disc_lr")),
-        Panel("Parts of the loss (stage 1)", ("train/l1", "train/lpips", "train/gan")),
+        Panel("Loss terms (stage 1)", ("train/l1", "train/lpips", "train/gan")),
         Panel("Discriminator: loss", ("train/disc/loss",)),
         Panel("Discriminator: accuracy", ("train/disc/accuracy",)),
         Panel("Adaptive weight", ("train/adaptive_weight",), log=True),
     ),
-    "What it makes": (
+    "Samples": (
         Panel("Samples (stage 2)", ("samples/stage2",)),
         Panel("Reconstructions (stage 1)", ("samples/stage1",)),
     ),
-    "How good it is": (
+    "Quality": (
         Panel("FID", ("eval/fid",)),
         Panel("rFID", ("eval/rfid",)),
         Panel("PSNR", ("eval/psnr", "eval/model/psnr")),
         Panel("SSIM", ("eval/ssim", "eval/model/ssim")),
         Panel("LPIPS", ("eval/lpips", "eval/model/lpips")),
     ),
-    "How fast it is": (
+    "Speed": (
         Panel("Images per second", ("perf/images_per_second",)),
-        Panel("Images per second and chip", ("perf/images_per_second_per_chip",)),
+        Panel("Images per second per chip", ("perf/images_per_second_per_chip",)),
         Panel("Model FLOPs utilisation", ("perf/mfu",)),
-        Panel("Step time and the host's part, s", ("perf/step_time", "perf/host_time")),
-        Panel("Waiting for data, share", ("perf/data_wait",)),
+        Panel("Step time and host time, s", ("perf/step_time", "perf/host_time")),
+        Panel("Data wait, share of the time", ("perf/data_wait",)),
         Panel("Paused, s", ("perf/paused",)),
     ),
-    "Whether it is well": (
+    "Health": (
         Panel("Skipped steps", ("train/skipped", "train/disc/skipped")),
         Panel("Rollbacks", ("train/rollbacks",)),
         Panel("Bad samples", ("data/bad_samples",)),
-        Panel("Checkpoints: blocked, whole, s", ("ckpt/blocked_seconds", "ckpt/seconds")),
-        Panel("Checkpoints that failed", ("ckpt/failed",)),
+        Panel("Checkpoints: blocked and total time, s", ("ckpt/blocked_seconds", "ckpt/seconds")),
+        Panel("Failed checkpoints", ("ckpt/failed",)),
         Panel("Compilations", ("perf/compilations",)),
-        Panel("Operations that left the devices", ("perf/fallbacks",)),
+        Panel("Operations that fell back to the CPU", ("perf/fallbacks",)),
         Panel("Memory, GB", ("perf/memory_gb", "perf/host_memory_gb")),
     ),
 }
 
 
 def make_workspace(project: str, entity: str, name: str) -> Any:
-    """The workspace, not yet saved."""
+    """Return the workspace, which is not saved yet."""
     import wandb_workspaces.reports.v2 as reports
     import wandb_workspaces.workspaces as workspaces
 
     def make(panel: Panel) -> Any:
-        if panel.figures[0].startswith("samples/"):
+        if panel.metrics[0].startswith("samples/"):
             return reports.MediaBrowser(
-                title=panel.title, media_keys=list(panel.figures), num_columns=1
+                title=panel.title, media_keys=list(panel.metrics), num_columns=1
             )
-        return reports.LinePlot(title=panel.title, y=list(panel.figures), log_y=panel.log)
+        return reports.LinePlot(title=panel.title, y=list(panel.metrics), log_y=panel.log)
 
     sections = [
         workspaces.Section(name=title, panels=[make(panel) for panel in panels], is_open=True)
@@ -97,14 +97,14 @@ def make_workspace(project: str, entity: str, name: str) -> Any:
 
 
 def own_entity() -> str:
-    """The entity of whoever is logged in; raises what wandb raises."""
+    """Return the default entity of the logged-in user; errors of wandb propagate."""
     import wandb
 
     return str(wandb.Api().default_entity)
 
 
 def as_json(workspace: Any) -> str:
-    """Sections and panels as wandb-workspaces would send them."""
+    """Return sections and panels as JSON, as wandb-workspaces would send them."""
     view = json.loads(workspace._to_model().model_dump_json(by_alias=True))
     sections = view["spec"]["section"]["panelBankConfig"]["sections"]
     shown = {
@@ -112,7 +112,7 @@ def as_json(workspace: Any) -> str:
             {
                 "type": panel["viewType"],
                 "title": panel["config"]["chartTitle"],
-                "figures": panel["config"].get("metrics") or panel["config"].get("mediaKeys"),
+                "metrics": panel["config"].get("metrics") or panel["config"].get("mediaKeys"),
                 "log": bool(panel["config"].get("yLogScale")),
             }
             for panel in section["panels"]
@@ -124,12 +124,14 @@ def as_json(workspace: Any) -> str:
 
 
 def main() -> int:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--project", help="default: WANDB_PROJECT or PROJECT, else rae_xla")
-    parser.add_argument("--entity", help="default: WANDB_ENTITY or ENTITY, else your own")
-    parser.add_argument("--name", default="rae_xla", help="of the workspace (default: rae_xla)")
-    parser.add_argument("--dry-run", action="store_true", help="print the panels, send nothing")
+    parser.add_argument("--entity", help="default: WANDB_ENTITY or ENTITY, else your default one")
+    parser.add_argument(
+        "--name", default="rae_xla", help="name of the workspace (default: rae_xla)"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the panels and send nothing")
     args = parser.parse_args()
     place = wandb_place(TrackingConfig(project=args.project, entity=args.entity))
     try:

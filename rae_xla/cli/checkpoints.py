@@ -1,64 +1,99 @@
-"""``rae-xla checkpoints``: what a run has saved; check it, take it out, make room."""
+"""``rae-xla checkpoints``: list, verify, export or prune the checkpoints of a run."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from rae_xla.cli.options import check_out_file
-from rae_xla.data import storage
-from rae_xla.errors import UserError
-from rae_xla.interop.checkpoint_folder import (
+from rae_xla import storage
+from rae_xla.checkpoint.manager import (
     BrokenCheckpointError,
     Checkpoint,
     checkpoint_path,
+    delete_checkpoint,
     find_checkpoints,
+    incomplete_checkpoints,
     newest_checkpoint,
-    read_manifest,
-    remove,
-    rests,
-    superfluous,
+    prunable_steps,
+    read_checkpoint_manifest,
     verify,
 )
+from rae_xla.cli.options import check_out_file
+from rae_xla.errors import UserError
+
+OPTIMIZER_PARTS = {"optimizer", "disc", "disc_optimizer"}
+"""Parts that only resuming needs."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the sub-commands and their options."""
+    """Declare the subcommands and their options."""
     commands = parser.add_subparsers(dest="checkpoints_command", metavar="COMMAND", required=True)
-    listing = commands.add_parser("list", help="step, size, date and origin of each")
-    check = commands.add_parser("verify", help="compare every byte with its checksum")
-    export = commands.add_parser("export", help="write one as a .pt file of the published layout")
-    prune = commands.add_parser("prune", help="delete old ones, and what broken-off saves left")
+    listing = commands.add_parser("list", help="print step, size, date and origin of each")
+    check = commands.add_parser("verify", help="compare every file with its checksum")
+    export = commands.add_parser("export", help="write one, or its decoder, as a .pt file")
+    prune = commands.add_parser("prune", help="delete old checkpoints and incomplete ones")
     for command in (listing, check, export, prune):
         command.add_argument(
             "run",
             metavar="RUN",
             help="results folder, folder of checkpoints, or one checkpoint; local or gs://",
         )
-    export.add_argument("--out", required=True, type=Path, metavar="FILE", help=".pt to write")
+    export.add_argument("--out", required=True, type=Path, metavar="FILE", help=".pt file to write")
     export.add_argument("--step", type=int, metavar="N", help="which one (default: the newest)")
     export.add_argument(
+        "--what",
+        choices=("all", "weights", "decoder"),
+        default="all",
+        help="all: the complete checkpoint in the published layout (default); weights: model and "
+        "ema without the optimizer, a quarter to a half of the size; decoder: the decoder of "
+        "stage 1 for pretrained_decoder_path, RUN may also be a file of weights",
+    )
+    export.add_argument(
         "--weights-only",
-        action="store_true",
-        help="model and ema, without the optimizer: a quarter to a half of the size",
+        action="store_const",
+        const="weights",
+        dest="what",
+        help="the same as --what weights",
+    )
+    export.add_argument(
+        "--weights",
+        choices=("ema", "model"),
+        help="whose decoder: of the moving average (default) or of the trained model",
     )
     prune.add_argument(
         "--keep-last", required=True, type=int, metavar="N", help="keep the newest N"
     )
     prune.add_argument("--keep-every", type=int, metavar="N", help="and those of every N steps")
-    prune.add_argument("--dry-run", action="store_true", help="only say what would be deleted")
+    prune.add_argument("--dry-run", action="store_true", help="print what would be deleted")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do what the sub-command says."""
+    """Run the subcommand."""
     commands = {"list": _list, "verify": _verify, "export": _export, "prune": _prune}
     return commands[args.checkpoints_command](args)
 
 
+def export_decoder_file(run: str, out: Path, weights: str, option: str = "RUN") -> None:
+    """Write the decoder of a checkpoint or of a file of weights, and print what was written.
+
+    Args:
+        run: what ``checkpoint.tensors.find_weights`` accepts.
+        out: the file.
+        weights: ``ema`` or ``model``.
+        option: that gave ``run``, for error messages.
+    """
+    from rae_xla.checkpoint.tensors import find_weights
+    from rae_xla.interop.layouts import export_decoder
+
+    source = find_weights(run, option)
+    count = export_decoder(source, out, weights)
+    print(f"{out}: decoder of {source} ({weights}), {count:,} parameters")
+
+
 def _list(args: argparse.Namespace) -> int:
-    for checkpoint in _some(args.run):
+    for checkpoint in _find_some(args.run):
         try:
-            manifest = read_manifest(checkpoint)
+            manifest = read_checkpoint_manifest(checkpoint)
         except BrokenCheckpointError as error:
             print(error)
             continue
@@ -75,11 +110,11 @@ def _list(args: argparse.Namespace) -> int:
 
 def _verify(args: argparse.Namespace) -> int:
     broken = 0
-    for checkpoint in _some(args.run):
+    for checkpoint in _find_some(args.run):
         try:
-            manifest = read_manifest(checkpoint)
+            manifest = read_checkpoint_manifest(checkpoint)
             verify(checkpoint, manifest)
-            print(f"{checkpoint}: whole, {len(manifest['files'])} files")
+            print(f"{checkpoint}: intact, {len(manifest['files'])} files")
         except BrokenCheckpointError as error:
             broken += 1
             print(error)
@@ -87,21 +122,24 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
+    if args.weights and args.what != "decoder":
+        raise UserError("--weights selects the decoder's weights: use it with --what decoder")
     check_out_file(args.out)
-    checkpoint = newest_checkpoint(args.run)
-    if args.step is not None:
-        steps = {found.step: found for found in find_checkpoints(args.run)}
-        if args.step not in steps:
-            there = ", ".join(map(str, steps))
-            raise UserError(f"{args.run} has no checkpoint of step {args.step}; there are {there}")
-        checkpoint = steps[args.step]
+    if args.what == "decoder":
+        source = args.run if args.step is None else str(_find_step(args.run, args.step))
+        export_decoder_file(source, args.out, args.weights or "ema")
+        return 0
+    if args.step is None:
+        checkpoint = newest_checkpoint(args.run)
+    else:
+        checkpoint = _find_step(args.run, args.step)
 
-    from rae_xla.interop.checkpoint_tensors import CheckpointContent
+    from rae_xla.checkpoint.tensors import CheckpointContent
     from rae_xla.models.weights import write_torch_file
 
     content = CheckpointContent(checkpoint)
-    left_out = {"optimizer", "disc", "disc_optimizer"} if args.weights_only else set()
-    chosen = {key: content[key] for key in content if key not in left_out}
+    omitted = OPTIMIZER_PARTS if args.what == "weights" else set()
+    chosen = {key: content[key] for key in content if key not in omitted}
     write_torch_file(chosen, args.out)
     print(f"{args.out}: {', '.join(chosen)} of {checkpoint}")
     return 0
@@ -112,34 +150,45 @@ def _prune(args: argparse.Namespace) -> int:
         raise UserError("--keep-last must be at least 1")
     if args.keep_every is not None and args.keep_every < 1:
         raise UserError("--keep-every must be at least 1")
-    found = _some(args.run)
+    found = _find_some(args.run)
     folder = storage.split(found[0].path)[0]
-    whole = _newest_whole(found)
-    steps = superfluous([checkpoint.step for checkpoint in found], args.keep_last, args.keep_every)
-    paths = [checkpoint_path(folder, step) for step in steps if step != whole.step]
-    needless = [*paths, *rests(folder)]
-    if not needless:
+    intact = _newest_intact(found)
+    steps = prunable_steps([c.step for c in found], args.keep_last, args.keep_every)
+    paths = [checkpoint_path(folder, step) for step in steps if step != intact.step]
+    paths += incomplete_checkpoints(folder)
+    if not paths:
         print(f"{folder}: nothing to delete")
-    for path in needless:
+    for path in paths:
         if not args.dry_run:
-            remove(path)
+            delete_checkpoint(path)
         print(f"{path}: {'would be ' if args.dry_run else ''}deleted")
     return 0
 
 
-def _newest_whole(found: list[Checkpoint]) -> Checkpoint:
-    """The checkpoint a run would go on from, which is never deleted."""
+def _newest_intact(found: list[Checkpoint]) -> Checkpoint:
+    """Return the checkpoint that the run would resume from, which is never deleted."""
     for checkpoint in reversed(found):
         try:
-            verify(checkpoint, read_manifest(checkpoint))
+            verify(checkpoint, read_checkpoint_manifest(checkpoint))
         except BrokenCheckpointError as error:
             print(error)
             continue
         return checkpoint
-    raise UserError("none of the checkpoints is whole: nothing was deleted")
+    raise UserError(
+        "none of the checkpoints is intact, so nothing was deleted: restore the files listed above"
+    )
 
 
-def _some(run: str) -> list[Checkpoint]:
-    """All checkpoints of a run; that there is none is an error."""
+def _find_some(run: str) -> list[Checkpoint]:
+    """Return all checkpoints of a run, oldest first; raise ``UserError`` if there is none."""
     newest_checkpoint(run)
     return find_checkpoints(run)
+
+
+def _find_step(run: str, step: int) -> Checkpoint:
+    """Return the checkpoint of a step; raise ``UserError`` if there is none."""
+    found = {checkpoint.step: checkpoint for checkpoint in _find_some(run)}
+    if step not in found:
+        steps = ", ".join(map(str, found))
+        raise UserError(f"{run} has no checkpoint of step {step}; its checkpoints: {steps}")
+    return found[step]

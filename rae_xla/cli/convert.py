@@ -1,4 +1,4 @@
-"""``rae-xla convert``: weights from one layout to another."""
+"""``rae-xla convert``: convert weights from one layout to another."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
+    """Add the options."""
     parser.add_argument(
         "source",
         metavar="SOURCE",
-        help=".pt or .safetensors file, checkpoint or results folder, diffusers folder, folder of "
-        "save_pretrained, hub id of one, published name, or a run's YAML",
+        help=".pt or .safetensors file, checkpoint or results folder, diffusers folder, folder "
+        "from save_pretrained, hub id of one, published name, or YAML file of a run",
     )
     parser.add_argument(
         "--to",
         required=True,
         choices=("published", "safetensors", "diffusers", "pretrained"),
-        help="published: .pt of the papers' layout (of a whole autoencoder: a folder of them); "
-        "diffusers: an AutoencoderRAE's folder; pretrained: a folder for from_pretrained",
+        help="published: a .pt file as in the papers' code (for a complete autoencoder, a folder "
+        "of files); diffusers: a folder for AutoencoderRAE; pretrained: a folder for "
+        "from_pretrained",
     )
     parser.add_argument(
         "--out", required=True, type=Path, metavar="PATH", help="file or new folder to write"
@@ -27,43 +28,49 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--part",
         choices=("rae", "decoder", "stage2", "discriminator", "stats"),
-        help="what to take out of SOURCE (default: all of the model it is)",
+        help="convert only this part of SOURCE (default: all of it)",
     )
     parser.add_argument(
-        "--weights", choices=("ema", "model"), default="ema", help="of a checkpoint; default: ema"
+        "--weights",
+        choices=("ema", "model"),
+        default="ema",
+        help="which weights of a checkpoint (default: ema)",
     )
-    parser.add_argument("--config", metavar="FILE", help="the run's YAML, if SOURCE has none in it")
     parser.add_argument(
-        "--stats", type=Path, metavar="FILE", help="latent statistics that the autoencoder gets"
+        "--config", metavar="FILE", help="YAML file of the run, if SOURCE does not store it"
+    )
+    parser.add_argument(
+        "--stats", type=Path, metavar="FILE", help="add these latent statistics to the autoencoder"
     )
     parser.add_argument(
         "--transformers",
         type=int,
         choices=(4, 5),
         default=4,
-        help="with --to diffusers: the transformers release it will be used with (default: 4, the "
-        "names of the published repositories)",
+        help="with --to diffusers: the major version of transformers that will read the folder "
+        "(default: 4, as in the published repositories)",
     )
     parser.add_argument(
         "--other-positions",
         action="store_true",
-        help="with --to diffusers: write it although diffusers decodes with other positions",
+        help="with --to diffusers: write the folder even if diffusers uses another position table",
     )
     parser.add_argument(
         "--as-diffusers",
         action="store_true",
-        help="of a diffusers folder: keep its position table and second epsilon",
+        help="for a diffusers folder: keep diffusers' position table and second epsilon",
     )
     parser.add_argument(
-        "--ignore-manifest", action="store_true", help="convert parts that do not belong together"
+        "--ignore-manifest", action="store_true", help="do not verify that parts match"
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Read, say what it is, write."""
-    from rae_xla.interop.conversion import open_any, write_as
+    """Read SOURCE, print what it is, and write it."""
+    from rae_xla.interop.layouts import write_layout
+    from rae_xla.interop.model_source import open_model_source
 
-    opened = open_any(
+    source = open_model_source(
         args.source,
         part=args.part,
         weights=args.weights,
@@ -72,15 +79,15 @@ def run(args: argparse.Namespace) -> int:
         as_diffusers=args.as_diffusers,
         check=not args.ignore_manifest,
     )
-    print(f"{args.source}: {opened.about}")
-    for note in opened.notes:
+    print(f"{args.source}: {source.description}")
+    for note in source.notes:
         print(f"note: {note}")
-    done = write_as(
-        opened,
+    written = write_layout(
+        source,
         args.to,
         args.out,
         transformers=args.transformers,
         other_positions=args.other_positions,
     )
-    print(f"{args.out}: {done}")
+    print(f"{args.out}: {written}")
     return 0

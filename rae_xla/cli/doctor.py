@@ -1,4 +1,4 @@
-"""``rae-xla doctor``: everything a run needs, tried out before it needs it."""
+"""``rae-xla doctor``: check everything that a run needs."""
 
 from __future__ import annotations
 
@@ -8,32 +8,38 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rae_xla.doctor.finding import Finding
+    from rae_xla.tools.doctor.finding import Finding
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("--config", metavar="FILE", help="the run's YAML: its data, mesh, storage")
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="YAML file of the run, whose data, mesh and storage to check",
+    )
     parser.add_argument(
         "overrides",
         nargs="*",
         metavar="key=value",
-        help="settings that replace the file's, such as data.train=gs://bucket/shards",
+        help="settings that replace those of the file, such as data.train=gs://bucket/shards",
     )
     parser.add_argument(
-        "--results-dir", type=Path, metavar="DIR", help="where the run is to write its results"
+        "--results-dir", type=Path, metavar="DIR", help="results folder of the run, to check"
     )
-    parser.add_argument("--json", action="store_true", help="print a JSON object instead of a list")
+    parser.add_argument("--json", action="store_true", help="print a JSON object instead of text")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Examine; 0 where nothing failed, else 1."""
+    """Run the checks and print their findings; return 1 if one failed, else 0."""
     from rae_xla.config import load_config
-    from rae_xla.doctor import devices, files, report, software
-    from rae_xla.doctor.finding import Patient, examine
+    from rae_xla.tools.doctor import devices, files, output, software
+    from rae_xla.tools.doctor.finding import DoctorContext, run_checks
 
     config = load_config(args.config, overrides=args.overrides)
-    patient = Patient(config, named=args.config is not None, results=args.results_dir)
+    context = DoctorContext(
+        config, config_given=args.config is not None, results_dir=args.results_dir
+    )
     checks = {
         software.VERSIONS: software.check_versions,
         software.ENVIRONMENT: software.check_environment,
@@ -46,26 +52,26 @@ def run(args: argparse.Namespace) -> int:
     }
     findings: list[Finding] = []
 
-    def say(text: str) -> None:
+    def print_text(text: str) -> None:
         if not args.json:
             print(text, flush=True)
 
-    def begin(section: str) -> None:
-        say(f"\n{section}")
+    def print_section(section: str) -> None:
+        print_text(f"\n{section}")
 
-    def hear(found: Iterable[Finding]) -> None:
+    def record(found: Iterable[Finding]) -> None:
         for finding in found:
             findings.append(finding)
-            say(report.line(finding))
+            print_text(output.format_finding(finding))
 
-    hear(examine(patient, checks, begin))
-    if patient.runtime is not None and patient.runtime.process_count > 1:
-        begin(report.ELSEWHERE)
-        hear(report.troubles_elsewhere(patient.runtime, findings))
+    record(run_checks(context, checks, print_section))
+    if context.backend is not None and context.backend.process_count > 1:
+        print_section(output.OTHER_HOSTS)
+        record(output.problems_of_other_hosts(context.backend, findings))
     if args.json:
-        print(report.as_json(findings))
+        print(output.findings_json(findings))
     else:
         print("\nwhat to fix")
-        for text in report.what_to_fix(findings) or ["nothing"]:
+        for text in output.fixes(findings) or ["nothing"]:
             print(f"  {text}")
-    return 0 if report.healthy(findings) else 1
+    return 0 if output.passed(findings) else 1

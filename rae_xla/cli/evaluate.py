@@ -1,4 +1,4 @@
-"""``rae-xla evaluate``: what reconstructions, samples and decoders are worth."""
+"""``rae-xla evaluate``: measure reconstructions or generated images, or compare decoders."""
 
 from __future__ import annotations
 
@@ -8,21 +8,27 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from rae_xla.cli.evaluation_report import circumstances, print_warnings, write_json
-from rae_xla.cli.options import add_config, check_out_file, check_out_folder, read_config
-from rae_xla.config.check import GEN_METRICS, RECON_METRICS
+from rae_xla.cli.evaluation_output import print_warnings, provenance, write_json
+from rae_xla.cli.options import (
+    add_config,
+    check_out_file,
+    check_out_folder,
+    read_config,
+    start_backend,
+)
+from rae_xla.config.validation import GEN_METRICS, RECON_METRICS
 from rae_xla.errors import UserError
 
 if TYPE_CHECKING:
     from rae_xla.config import RunConfig
-    from rae_xla.evaluate.inception import FeatureNetwork
+    from rae_xla.evaluate.feature_networks import FeatureNetwork
     from rae_xla.models.lpips import LPIPS
     from rae_xla.models.rae import RAE
-    from rae_xla.runtime import Runtime
+    from rae_xla.runtime import Backend
 
 METRICS = {"recon": RECON_METRICS, "gen": GEN_METRICS, "decoders": ("psnr", "fid")}
-# Options that mean something to some of the three alone.
-ONLY = {
+
+OPTION_SCOPES = {
     "ckpt": ("recon",),
     "weights": ("recon",),
     "data": ("recon",),
@@ -32,6 +38,7 @@ ONLY = {
     "latents": ("decoders",),
     "decoders": ("decoders",),
 }
+"""Options that apply to some evaluations only."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "what",
         choices=tuple(METRICS),
         help="recon: PSNR, SSIM, LPIPS and rFID of reconstructions; gen: FID, sFID, Inception "
-        "Score, precision and recall of samples; decoders: gFID of the same sampled latents "
+        "Score, precision and recall of generated images; decoders: gFID of the same latents "
         "through several decoders",
     )
     add_config(parser, required=False)
@@ -49,13 +56,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="NAME",
         help="recon: psnr ssim lpips rfid; gen: fid sfid is precision recall fd_dinov2; decoders: "
-        "psnr fid (default: all, but fd_dinov2)",
+        "psnr fid (default: all except fd_dinov2)",
     )
     parser.add_argument(
         "--reference",
         metavar="FILE.npz",
-        help="what FID compares with: arr_0 (images), or mu and sigma (recon: the originals); gen: "
-        "a folder of shards too",
+        help="reference of FID: images (arr_0), or moments (mu and sigma); for gen also a folder "
+        "of shards (default for recon: the originals)",
     )
     parser.add_argument(
         "--out",
@@ -65,93 +72,99 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     several = parser.add_argument_group("recon, gen")
     several.add_argument(
-        "--num-images", type=int, metavar="N", help="the first N images (default: all)"
+        "--num-images", type=int, metavar="N", help="measure the first N images (default: all)"
     )
     several.add_argument(
-        "--batch-size", type=int, metavar="N", help="images under way at a time; default: 64"
+        "--batch-size", type=int, metavar="N", help="images in flight (default: 64)"
     )
     recon = parser.add_argument_group("recon")
     recon.add_argument(
         "--ckpt",
         metavar="PATH",
-        help="stage-1 checkpoint, or a results folder (default: the weights stage_1 names)",
+        help="stage-1 checkpoint or results folder (default: the weights that stage_1 names)",
     )
-    recon.add_argument("--weights", choices=("ema", "model"), help="of --ckpt (default: ema)")
-    recon.add_argument("--data", metavar="SHARDS", help="shards to reconstruct (data.val)")
+    recon.add_argument(
+        "--weights", choices=("ema", "model"), help="which weights of --ckpt (default: ema)"
+    )
+    recon.add_argument("--data", metavar="SHARDS", help="shards to reconstruct (default: data.val)")
     gen = parser.add_argument_group("gen")
     gen.add_argument(
         "--samples",
         nargs="+",
         metavar="PATH",
-        help=".npz files (arr_0), or folders of pictures or of tar files; several (seeds) give "
-        "mean and spread",
+        help=".npz files (arr_0), or folders of images or tar files; several, such as sets of "
+        "several seeds, give mean and standard deviation",
     )
     decoders = parser.add_argument_group("decoders")
     decoders.add_argument(
-        "--latents", type=Path, metavar="FILE", help="latents.npy of sample --keep-latents"
+        "--latents",
+        type=Path,
+        metavar="FILE",
+        help="latents.npy that `rae-xla sample --keep-latents` wrote",
     )
     decoders.add_argument(
-        "--decoders", nargs="+", metavar="FILE", help="decoder weights (rae-xla export decoder)"
+        "--decoders",
+        nargs="+",
+        metavar="FILE",
+        help="decoder weights, from `rae-xla checkpoints export --what decoder`",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, print a table, write the report."""
+    """Compute metrics, print a table and write the report."""
     for name in ("metrics", "samples", "decoders"):
-        _give_back_settings(args, name)
-    for name, owners in ONLY.items():
-        if getattr(args, name) is not None and args.what not in owners:
-            owner = " and ".join(f"`rae-xla evaluate {owner}`" for owner in owners)
-            raise UserError(f"--{name.replace('_', '-')} belongs to {owner}, not {args.what}")
+        _move_settings_to_overrides(args, name)
+    for name, scopes in OPTION_SCOPES.items():
+        if getattr(args, name) is not None and args.what not in scopes:
+            verbs = " and ".join(f"`rae-xla evaluate {scope}`" for scope in scopes)
+            raise UserError(f"--{name.replace('_', '-')} applies to {verbs}, not {args.what}")
     default = [name for name in METRICS[args.what] if name != "fd_dinov2"]
     metrics = tuple(dict.fromkeys(args.metrics or default))
     unknown = [name for name in metrics if name not in METRICS[args.what]]
     if unknown:
         known = " ".join(METRICS[args.what])
-        raise UserError(f"--metrics {unknown[0]}: evaluate {args.what} knows {known}")
+        raise UserError(f"--metrics {unknown[0]}: evaluate {args.what} has {known}")
     if args.what == "gen":
         from rae_xla.cli.evaluate_gen import evaluate_gen
 
         return evaluate_gen(args, metrics)
     if args.config is None:
-        raise UserError(f"evaluate {args.what} needs --config FILE, which names the autoencoder")
+        raise UserError(
+            f"evaluate {args.what} needs --config FILE, which describes the autoencoder"
+        )
     return _recon(args, metrics) if args.what == "recon" else _decoders(args, metrics)
 
 
 def _recon(args: argparse.Namespace, metrics: tuple[str, ...]) -> int:
     if args.weights and args.ckpt is None:
-        raise UserError("--weights chooses from a checkpoint: give --ckpt too")
+        raise UserError("--weights selects weights of a checkpoint: give --ckpt too")
     if args.reference and "rfid" not in metrics:
-        raise UserError("--reference is what rfid compares with: add rfid to --metrics")
-    _check_files(args.reference)
+        raise UserError("--reference is used only by rfid: add rfid to --metrics")
+    _check_reference_file(args.reference)
     check_out_file(args.out)
     config = read_config(args)
     path = args.data or config.data.val
     if path is None:
         raise UserError("no images to reconstruct: give --data SHARDS or data.val=SHARDS")
 
-    from rae_xla.data.shards import open_index
-    from rae_xla.evaluate.reconstruction import (
-        UNITS,
-        evaluate_reconstruction,
-        first_images,
-    )
-    from rae_xla.evaluate.reference import load_reference
-    from rae_xla.runtime import start
+    from rae_xla.data.shards.writer import open_index
+    from rae_xla.evaluate.image_sets import first_images
+    from rae_xla.evaluate.reconstruction import UNITS, evaluate_reconstruction
+    from rae_xla.evaluate.references import load_fid_reference
 
     index = open_index(path)
-    first_images(index, args.num_images)  # too many: said before anything is loaded
-    runtime = start(config.runtime, config.mesh, seed=config.training.global_seed)
+    first_images(index, args.num_images)  # report too large a number before anything is loaded
+    backend = start_backend(config)
     rae, checkpoint = _load_rae(config, args)
-    lpips = _load_lpips(config, runtime, metrics) if "lpips" in metrics else None
-    features = _load_features(config, runtime, "rfid", metrics) if "rfid" in metrics else None
-    runtime.place(rae)
+    lpips = _load_lpips(config, backend, metrics) if "lpips" in metrics else None
+    features = _load_features(config, backend, "rfid", metrics) if "rfid" in metrics else None
+    backend.place(rae)
     reference = None
     if args.reference is not None and features is not None:
-        reference = load_reference(args.reference, features, runtime, rae.image_size)
+        reference = load_fid_reference(args.reference, features, backend, rae.image_size)
     report = evaluate_reconstruction(
         rae,
-        runtime,
+        backend,
         index,
         metrics=metrics,
         num_images=args.num_images,
@@ -160,21 +173,21 @@ def _recon(args: argparse.Namespace, metrics: tuple[str, ...]) -> int:
         features=features,
         reference=reference,
         num_workers=config.data.num_workers,
-        progress=runtime.process_index == 0,
+        progress=backend.process_index == 0,
     )
-    if runtime.process_index != 0:
+    if backend.process_index != 0:
         return 0
     print(f"reconstructions of {report.images}, {report.image_size} pixels a side")
-    print(f"weights: {checkpoint}; on {runtime.description}")
+    print(f"weights: {checkpoint}; on {backend.description}")
     for name, value in report.metrics.items():
         print(f"  {name:<6} {value:12.6f} {UNITS.get(name, ''):<3} {report.num_images} images")
     if report.reference is not None:
         print(f"rfid against {report.reference}")
     print_warnings(report.warnings)
     if args.out is not None:
-        found = report.describe() | {"checkpoint": checkpoint}
-        write_json(args.out, found | circumstances(args, config, runtime, metrics))
-        print(f"{args.out}")
+        content = report.describe() | {"checkpoint": checkpoint}
+        write_json(args.out, content | provenance(args, config, backend, metrics))
+        print(args.out)
     return 0
 
 
@@ -185,39 +198,40 @@ def _decoders(args: argparse.Namespace, metrics: tuple[str, ...]) -> int:
     if "fid" in metrics and args.reference is None:
         raise UserError(
             "fid needs --reference FILE.npz: images (arr_0) or moments (mu, sigma) of the data set "
-            "the samples imitate; or leave it out: --metrics psnr"
+            "that the model was trained on; or omit it: --metrics psnr"
         )
     if args.reference is not None and "fid" not in metrics:
-        raise UserError("--reference is what fid compares with: add fid to --metrics")
-    _check_files(args.reference)
+        raise UserError("--reference is used only by fid: add fid to --metrics")
+    _check_reference_file(args.reference)
     if args.out is not None:
         check_out_folder(args.out)
     config = read_config(args)
 
     from rae_xla.evaluate.decoders import compare_decoders, load_decoders, open_latents
-    from rae_xla.evaluate.reference import load_reference
-    from rae_xla.runtime import start
-    from rae_xla.sample.pictures import save_png
+    from rae_xla.evaluate.references import load_fid_reference
+    from rae_xla.sample.images import save_png
 
-    runtime = start(config.runtime, config.mesh, seed=config.training.global_seed)
+    backend = start_backend(config)
     rae = _build_rae(config, args, without_decoder=True)
     latents = open_latents(args.latents, rae)
     if "fid" in metrics and len(latents) < 2:
-        raise UserError(f"fid of {len(latents)} latent: a covariance needs two at least")
+        raise UserError(
+            f"fid of {len(latents)} latent: a covariance needs at least two; keep more latents"
+        )
     decoders = load_decoders(rae, args.decoders)
-    features = _load_features(config, runtime, "fid", metrics) if "fid" in metrics else None
-    runtime.place(rae)
+    features = _load_features(config, backend, "fid", metrics) if "fid" in metrics else None
+    backend.place(rae)
     for decoder in decoders.values():
-        runtime.place(decoder)
+        backend.place(decoder)
     reference = None
     if features is not None:
-        reference = load_reference(args.reference, features, runtime, rae.image_size)
+        reference = load_fid_reference(args.reference, features, backend, rae.image_size)
     report = compare_decoders(
-        rae, runtime, latents, decoders, args.decoders, features=features, reference=reference
+        rae, backend, latents, decoders, args.decoders, features=features, reference=reference
     )
-    if runtime.process_index != 0:
+    if backend.process_index != 0:
         return 0
-    print(f"{report.num_images} latents of {args.latents} on {runtime.description}")
+    print(f"{report.num_images} latents of {args.latents} on {backend.description}")
     width = max(len("decoder"), *(len(result.name) for result in report.results))
     print(f"  {'decoder':<{width}}  {'fid':>12}  {'psnr to the first':>17}")
     for number, result in enumerate(report.results):
@@ -230,88 +244,106 @@ def _decoders(args: argparse.Namespace, metrics: tuple[str, ...]) -> int:
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
         save_png(args.out / "grid.png", report.grid)
-        found = report.describe() | {"latents": str(args.latents)}
-        write_json(args.out / "report.json", found | circumstances(args, config, runtime, metrics))
-        print(f"{args.out}")
+        content = report.describe() | {"latents": str(args.latents)}
+        content |= provenance(args, config, backend, metrics)
+        write_json(args.out / "report.json", content)
+        print(args.out)
     return 0
 
 
-def _check_files(reference: str | None) -> None:
-    """Before anything is loaded, or downloaded."""
+def _check_reference_file(reference: str | None) -> None:
+    """Report a missing reference before anything is loaded or downloaded."""
     if reference is not None and not Path(reference).expanduser().is_file():
-        raise UserError(f"reference {reference}: there is no such file")
+        raise UserError(f"reference {reference}: there is no such file; correct --reference")
 
 
-def _give_back_settings(args: argparse.Namespace, option: str) -> None:
-    """Settings that follow an option of many values are taken for values of it."""
+def _move_settings_to_overrides(args: argparse.Namespace, option: str) -> None:
+    """Move ``key=value`` arguments from an option with several values to the overrides.
+
+    argparse takes settings that follow such an option as its values.
+    """
     values = getattr(args, option)
     if values is not None:
         settings = [value for value in values if "=" in value]
         setattr(args, option, [value for value in values if value not in settings])
         args.overrides = [*args.overrides, *settings]
         if not getattr(args, option):
-            raise UserError(f"--{option} needs a value at least")
+            raise UserError(f"--{option} needs at least one value")
 
 
 def _build_rae(config: RunConfig, args: argparse.Namespace, *, without_decoder: bool) -> RAE:
-    """The autoencoder of ``stage_1``, on the host; ``without_decoder``: its weights come later."""
-    from rae_xla.registry import instantiate
+    """Build the autoencoder of ``stage_1`` on the host.
+
+    Args:
+        config: the run's configuration.
+        args: the command line, for error messages.
+        without_decoder: leave the decoder's weights random; the caller loads others.
+    """
+    from rae_xla.interop.instantiate import instantiate
 
     if config.stage_1 is None:
-        raise UserError(f"{args.config} has no stage_1 section: it names the autoencoder")
+        raise UserError(
+            f"{args.config} has no stage_1 section: add it, to describe the autoencoder"
+        )
     spec = config.stage_1
     if without_decoder:
         params = {**spec.params, "pretrained_decoder_path": None}
         spec = replace(spec, params=params, ckpt=None)
     elif spec.ckpt is None and spec.params.get("pretrained_decoder_path") is None:
         raise UserError(
-            f"{args.config} names no decoder weights, and random ones are not worth measuring: "
+            f"{args.config} names no decoder weights, and metrics of random ones are meaningless: "
             "give --ckpt PATH, stage_1.ckpt=FILE or stage_1.params.pretrained_decoder_path=FILE"
         )
     return cast("RAE", instantiate(spec)).requires_grad_(False)
 
 
 def _load_rae(config: RunConfig, args: argparse.Namespace) -> tuple[RAE, str]:
-    """The autoencoder with its weights, and where they come from."""
+    """Load the autoencoder; return it and the source of its weights."""
     if args.ckpt is None:
         rae = _build_rae(config, args, without_decoder=False)
         assert config.stage_1 is not None
         source = config.stage_1.ckpt or config.stage_1.params["pretrained_decoder_path"]
         return rae, f"{source}"
 
-    from rae_xla.interop.checkpoint_tensors import find_weights, open_weights
+    from rae_xla.checkpoint.tensors import find_weights, open_weights
     from rae_xla.models.weights import load_strict
 
     path, which = find_weights(args.ckpt, "--ckpt"), args.weights or "ema"
     content = open_weights(path, "--ckpt")
     if not isinstance(content, Mapping):
-        raise UserError(f"--ckpt {path} holds no weights")
+        raise UserError(f"--ckpt {path} contains no weights: give a weight file or a checkpoint")
     bare = "model" not in content and "ema" not in content
     if bare and args.weights:
-        raise UserError(f"--ckpt {path} is a bare state dict: there are no {which} weights in it")
+        raise UserError(
+            f"--ckpt {path} is a bare state dict without {which} weights: omit --weights"
+        )
     if not bare and which not in content:
-        raise UserError(f"--ckpt {path} has no {which} weights")
+        raise UserError(f"--ckpt {path} has no {which} weights: choose others with --weights")
     rae = _build_rae(config, args, without_decoder=True)
     load_strict(rae, dict(content if bare else content[which]), f"--ckpt {path}")
     return rae, f"{path}" if bare else f"{path} ({which})"
 
 
-def _load_lpips(config: RunConfig, runtime: Runtime, metrics: tuple[str, ...]) -> LPIPS:
+def _load_lpips(config: RunConfig, backend: Backend, metrics: tuple[str, ...]) -> LPIPS:
     from rae_xla.models.lpips import load_lpips
 
     try:
         lpips = load_lpips(config.weights.vgg16, config.weights.lpips)
     except UserError as error:
-        others = " ".join(metric for metric in metrics if metric != "lpips") or "psnr"
-        raise UserError(f"{error}; to evaluate without it: --metrics {others}") from error
-    return cast("LPIPS", runtime.place(lpips.eval()))
+        raise UserError(f"{error}; to omit the metric: {_without('lpips', metrics)}") from error
+    return cast("LPIPS", backend.place(lpips.eval()))
 
 
 def _load_features(
-    config: RunConfig, runtime: Runtime, name: str, metrics: tuple[str, ...]
+    config: RunConfig, backend: Backend, name: str, metrics: tuple[str, ...]
 ) -> FeatureNetwork:
-    from rae_xla.evaluate.inception import FeatureNetwork, load_inception
+    from rae_xla.evaluate.feature_networks import FeatureNetwork
+    from rae_xla.evaluate.inception import load_inception
 
-    others = " ".join(metric for metric in metrics if metric != name) or "psnr"
-    network = load_inception(config.weights.inception, f"--metrics {others}")
-    return FeatureNetwork(network, runtime)
+    network = load_inception(config.weights.inception, _without(name, metrics))
+    return FeatureNetwork(network, backend)
+
+
+def _without(name: str, metrics: tuple[str, ...]) -> str:
+    """Return the option that requests all metrics but one."""
+    return f"--metrics {' '.join(metric for metric in metrics if metric != name) or 'psnr'}"

@@ -1,100 +1,99 @@
-"""``rae-xla evaluate gen``: what samples are worth."""
+"""``rae-xla evaluate gen``: measure generated images."""
 
 from __future__ import annotations
 
 import argparse
 from typing import TYPE_CHECKING
 
-from rae_xla.cli.evaluation_report import circumstances, print_warnings, write_json
-from rae_xla.cli.options import check_out_file, read_config
+from rae_xla.cli.evaluation_output import print_warnings, provenance, write_json
+from rae_xla.cli.options import check_out_file, read_config, start_backend
 from rae_xla.errors import UserError
 
 if TYPE_CHECKING:
-    from rae_xla.evaluate.gen_report import GenReport
-    from rae_xla.runtime import Runtime
+    from rae_xla.evaluate.generation import GenReport
+    from rae_xla.runtime import Backend
 
 
 def evaluate_gen(args: argparse.Namespace, metrics: tuple[str, ...]) -> int:
-    """Measure sets of samples, print a table, write the report."""
+    """Measure sets of images, print a table and write the report."""
     if not args.samples:
-        raise UserError("evaluate gen needs --samples PATH: an .npz file, or a folder of pictures")
-    against = [metric for metric in metrics if metric != "is"]
-    if against and args.reference is None:
+        raise UserError("evaluate gen needs --samples PATH: an .npz file, or a folder of images")
+    comparing = [metric for metric in metrics if metric != "is"]
+    if comparing and args.reference is None:
         raise UserError(
-            f"{against[0]} needs --reference FILE.npz: moments (mu, sigma), images (arr_0) or both "
-            "of the data set the samples imitate, or a folder of shards; or ask for --metrics is"
+            f"{comparing[0]} needs --reference FILE.npz: moments (mu, sigma), images (arr_0) or "
+            "both of the data set that the model was trained on, or a folder of shards; or request "
+            "only --metrics is"
         )
-    if args.reference is not None and not against:
-        raise UserError("--reference is nothing that the Inception Score compares with")
+    if args.reference is not None and not comparing:
+        raise UserError("--reference is not used by the Inception Score: remove it")
     batch_size = 64 if args.batch_size is None else args.batch_size
     if batch_size < 1:
-        raise UserError(f"a batch of {batch_size} images: give 1 at least")
+        raise UserError(f"--batch-size is {batch_size}: give 1 or more")
     check_out_file(args.out)
     config = read_config(args)
 
-    from rae_xla.evaluate.gen_reference import check_reference, load_gen_reference
-    from rae_xla.evaluate.generation import check_sets, evaluate_generation
-    from rae_xla.evaluate.networks import load_networks
-    from rae_xla.evaluate.picture_sets import open_pictures
-    from rae_xla.runtime import start
+    from rae_xla.evaluate.generation import check_sets, evaluate_generation, load_networks
+    from rae_xla.evaluate.image_sets import open_images
+    from rae_xla.evaluate.references import check_generation_reference, load_generation_reference
 
-    sets = [open_pictures(path, args.num_images) for path in args.samples]
+    sets = [open_images(path, args.num_images) for path in args.samples]
     check_sets(sets, metrics)
     if args.reference is not None:
-        check_reference(args.reference, sets[0].side)
-    runtime = start(config.runtime, config.mesh, seed=config.training.global_seed)
-    speaks = runtime.process_index == 0
+        check_generation_reference(args.reference, sets[0].side)
+    backend = start_backend(config)
+    first = backend.process_index == 0
     networks = load_networks(
         config.weights.inception,
         config.weights.dinov2,
-        runtime,
+        backend,
         metrics,
         without=lambda others: f"--metrics {' '.join(others)}",
     )
     reference = None
     if args.reference is not None:
-        reference = load_gen_reference(
+        reference = load_generation_reference(
             args.reference,
             sets[0].side,
-            runtime,
+            backend,
             networks,
             metrics,
             batch_size=batch_size,
             num_workers=config.data.num_workers,
-            progress=speaks,
+            progress=first,
         )
     report = evaluate_generation(
         sets,
-        runtime,
+        backend,
         networks,
         metrics=metrics,
         reference=reference,
         batch_size=batch_size,
-        progress=speaks,
+        progress=first,
     )
-    if not speaks:
+    if not first:
         return 0
-    _print(report, runtime)
+    _print_report(report, backend)
     if args.out is not None:
-        found = report.describe() | circumstances(args, config, runtime, metrics)
-        write_json(args.out, found)
-        print(f"{args.out}")
+        content = report.describe() | provenance(args, config, backend, metrics)
+        write_json(args.out, content)
+        print(args.out)
     return 0
 
 
-def _print(report: GenReport, runtime: Runtime) -> None:
+def _print_report(report: GenReport, backend: Backend) -> None:
     several = len(report.sets) > 1
-    what = f"{len(report.sets)} sets of " if several else ""
-    print(f"{what}{report.num_images} samples, {report.image_size} pixels a side")
-    print(f"on {runtime.description}")
-    for name in report.metrics:
+    prefix = f"{len(report.sets)} sets of " if several else ""
+    print(f"{prefix}{report.num_images} samples, {report.image_size} pixels a side")
+    print(f"on {backend.description}")
+    for name in report.metric_names:
         spread = f" +- {report.spread(name):.6f}" if several else ""
         print(f"  {name:<17} {report.mean(name):12.6f}{spread}")
     if several:
-        for path, figures in report.sets:
-            print(f"  {path}: " + ", ".join(f"{n} {v:.6f}" for n, v in figures.items()))
+        for path, metrics in report.sets:
+            print(f"  {path}: " + ", ".join(f"{n} {v:.6f}" for n, v in metrics.items()))
     if report.reference is not None:
         print(f"against {report.reference}")
-    for metric, why in report.left_out.items():
-        print(f"left out: {metric}: {why}")
+    for metric, reason in report.left_out.items():
+        print(f"left out: {metric}: {reason}")
     print_warnings(report.warnings)

@@ -1,16 +1,20 @@
-"""``rae-xla export decoder``: a stage-1 checkpoint's decoder as a file of its own."""
+"""``rae-xla export decoder``: deprecated, now ``rae-xla checkpoints export --what decoder``."""
 
 from __future__ import annotations
 
 import argparse
+import logging
 from pathlib import Path
 
+from rae_xla.cli.checkpoints import export_decoder_file
 from rae_xla.cli.options import check_out_file
+
+logger = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("what", choices=("decoder",), help="what to take out of the checkpoint")
+    parser.add_argument("what", choices=("decoder",), help="what to write")
     parser.add_argument(
         "--ckpt", required=True, metavar="PATH", help="checkpoint, or a results folder"
     )
@@ -19,12 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the bare decoder."""
-    from rae_xla.interop.checkpoint_tensors import find_weights
-    from rae_xla.interop.decoder import export_decoder
-
+    """Write the decoder as a bare state dict."""
+    logger.warning(
+        "`rae-xla export decoder --ckpt RUN --out FILE` is deprecated and will be removed after "
+        "the next release: use `rae-xla checkpoints export RUN --what decoder --out FILE`"
+    )
     check_out_file(args.out)
-    checkpoint = find_weights(args.ckpt, "--ckpt")
-    count = export_decoder(checkpoint, args.out, args.weights)
-    print(f"{args.out}: decoder of {checkpoint} ({args.weights}), {count:,} parameters")
+    export_decoder_file(args.ckpt, args.out, args.weights, "--ckpt")
     return 0

@@ -1,4 +1,4 @@
-"""``rae-xla VERB ...``: find the verb, read its arguments, run it, say what went wrong."""
+"""``rae-xla VERB ...``: parse the arguments, run the verb, report errors."""
 
 from __future__ import annotations
 
@@ -14,45 +14,51 @@ from types import ModuleType
 
 import rae_xla
 from rae_xla.errors import UserError
+from rae_xla.version import __version__
 
-# A verb's module is imported when the verb is used: `rae-xla --help` needs no torch.
-# It has `add_arguments(parser)` and `run(args) -> int`, the exit status.
+# A verb's module is imported only when the verb runs: `rae-xla --help` must not wait for torch.
+# It offers `add_arguments(parser)` and `run(args) -> int`, the exit status.
 VERBS = {
     "shards": "write a data set as shards, or verify shards",
-    "plan": "what a run will cost on a TPU, before one is rented",
-    "doctor": "try out all that a run needs: devices, storage, data, hosts",
+    "plan": "predict memory, time and cost of a run on TPUs, without a TPU",
+    "doctor": "check everything a run needs: devices, storage, data, hosts",
     "train": "train an autoencoder (stage1) or a diffusion transformer (stage2)",
-    "report": "one page of curves, samples and settings of one or several runs",
-    "stats": "mean and variance of a data set's latents",
-    "generate": "draw pictures of named classes; downloads the published models",
-    "sample": "draw images from a trained diffusion transformer",
-    "reconstruct": "send images through an autoencoder and back",
-    "evaluate": "measure generated images or reconstructions, compare decoders",
-    "checkpoints": "list, verify, export or prune what a run has saved",
-    "convert": "weights from one layout to another: published, diffusers, safetensors, ours",
-    "export": "write a trained model as files of the published layout",
-    "hub": "published models here, our own there",
+    "report": "write an HTML page with curves, samples and settings of one or more runs",
+    "stats": "compute mean and variance of the latents of a data set",
+    "generate": "generate images of the given classes; downloads the published models",
+    "sample": "generate a set of images from a trained diffusion transformer",
+    "reconstruct": "encode images and decode them again with an autoencoder",
+    "evaluate": "measure generated images or reconstructions, or compare decoders",
+    "checkpoints": "list, verify, export or prune the checkpoints of a run",
+    "convert": "convert weights between layouts: published, diffusers, safetensors, ours",
+    "export": "deprecated: use checkpoints export --what decoder",
+    "hub": "download published models, or upload a model to the Hugging Face hub",
 }
 
-_FIRST_SPEAKS = 5.0  # seconds; torchrun looks for failed processes ten times in each
+_TORCHRUN_DELAY = 5.0
+"""Seconds that other processes wait before they report an error that process 0 may have, too.
+
+torchrun polls its processes every 0.1 s and ends all of them as soon as one has failed, so an error
+that all processes share is reported once.
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status (2: the user can put it right)."""
+    """Run the command line and return the exit status; 2 means an error the user can correct."""
     try:
         status = run(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()
     except UserError as error:
-        _say(f"error: {error}")
-        return 2
+        _print_error(str(error))
+        return error.exit_status
     except BrokenPipeError:
-        # The reader (`| head`) has seen enough. Keep Python's own last flush from complaining.
+        # The reader (`| head`) closed the pipe. Python's own flush at exit must not fail as well.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except OSError as error:
-        # a full disk, a folder that may not be written: the user's to mend, and no bug
+        # A full disk or a missing permission is the user's to correct, and not a bug.
         where = f"{error.filename}: " if error.filename else ""
-        _say(f"error: {where}{error.strerror or error}")
+        _print_error(f"{where}{error.strerror or error}")
         return 2
     except KeyboardInterrupt:
         print("rae-xla: interrupted", file=sys.stderr)
@@ -60,29 +66,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
-def _say(text: str) -> None:
-    """Print an error; of several processes with the same one, torchrun's first says it.
-
-    torchrun ends all others as soon as one has failed, before they have waited long enough.
-    """
-    if os.environ.get("RANK", "0") != "0":
-        time.sleep(_FIRST_SPEAKS)
-        text = f"process {os.environ['RANK']}: {text}"
+def _print_error(message: str) -> None:
+    """Print an error to stderr; under torchrun after process 0 had time to print the same one."""
+    text = f"error: {message}"
+    if (rank := os.environ.get("RANK", "0")) != "0":
+        time.sleep(_TORCHRUN_DELAY)
+        text = f"process {rank}: {text}"
     print(f"rae-xla: {text}", file=sys.stderr)
 
 
 def run(argv: Sequence[str]) -> int:
-    """Parse ``argv`` and run its verb; errors are the caller's."""
+    """Parse ``argv``, run its verb and return the exit status; errors propagate."""
     parser = main_parser()
     verb = parser.parse_args(argv[:1]).verb
     if verb is None:
         parser.print_help()
         return 2
-    return verb_module(verb).run(parse_verb(verb, argv[1:]))
+    args = parse_verb(verb, argv[1:])
+
+    from rae_xla.progress import configure_logging, reset_logging
+
+    configure_logging()
+    try:
+        return int(verb_module(verb).run(args))
+    finally:
+        reset_logging()
 
 
 def main_parser() -> argparse.ArgumentParser:
-    """The parser of what stands before the verb's own arguments."""
+    """Return the parser of the verb's name and of the options that precede it."""
     width = max(map(len, VERBS)) + 2
     parser = argparse.ArgumentParser(
         prog="rae-xla",
@@ -90,29 +102,29 @@ def main_parser() -> argparse.ArgumentParser:
         description=rae_xla.__doc__,
         epilog="verbs:\n"
         + "".join(f"  {verb:<{width}}{about}\n" for verb, about in VERBS.items())
-        + "\n`rae-xla VERB --help` tells more.",
+        + "\n`rae-xla VERB --help` describes a verb.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=rae_xla.__version__)
+    parser.add_argument("--version", action="version", version=__version__)
     parser.add_argument("verb", nargs="?", metavar="VERB", help=argparse.SUPPRESS)
     return parser
 
 
 def parse_verb(verb: str, argv: Sequence[str]) -> argparse.Namespace:
-    """Read a verb's own arguments, with ``key=value`` settings before or after the options."""
+    """Parse the arguments of a verb; ``key=value`` settings may precede or follow the options."""
     module = verb_module(verb)
     parser = argparse.ArgumentParser(prog=f"rae-xla {verb}", description=VERBS[verb])
     module.add_arguments(parser)
     try:
         return parser.parse_intermixed_args(argv)
-    except TypeError:  # argparse cannot intermix what has commands of its own, as shards has
+    except TypeError:  # argparse cannot intermix where there are subcommands, as in shards
         return parser.parse_args(argv)
 
 
 def verb_module(verb: str) -> ModuleType:
-    """The module of a verb; raises ``UserError`` if there is no such verb."""
+    """Import the module of a verb; raise ``UserError`` if the verb does not exist."""
     if verb not in VERBS:
         near = difflib.get_close_matches(verb, VERBS, n=1)
-        hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(VERBS)}"
+        hint = f"did you mean '{near[0]}'?" if near else f"the verbs are {', '.join(VERBS)}"
         raise UserError(f"unknown verb '{verb}': {hint} (rae-xla --help)")
     return importlib.import_module(f"rae_xla.cli.{verb}")

@@ -1,4 +1,4 @@
-"""Options that several verbs share."""
+"""Options and start-up steps that several verbs share."""
 
 from __future__ import annotations
 
@@ -9,25 +9,66 @@ from typing import TYPE_CHECKING
 from rae_xla.errors import UserError
 
 if TYPE_CHECKING:
-    from rae_xla.config import RunConfig
+    from rae_xla.config import MeshConfig, RunConfig
+    from rae_xla.runtime import Backend
 
 
 def add_config(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
-    """``--config FILE [key=value ...]``."""
-    parser.add_argument("--config", required=required, metavar="FILE", help="the run's YAML")
+    """Declare ``--config FILE [key=value ...]``."""
+    parser.add_argument("--config", required=required, metavar="FILE", help="YAML file of the run")
     parser.add_argument(
         "overrides",
         nargs="*",
         metavar="key=value",
-        help="settings that replace the file's, such as training.epochs=2",
+        help="settings that replace those of the file, such as training.epochs=2",
     )
 
 
-def check_out_file(path: Path | None, option: str = "--out") -> None:
-    """Find out that a file cannot be written before the work whose result it is to hold.
+def read_config(args: argparse.Namespace, *extra: str) -> RunConfig:
+    """Load the configuration that ``--config`` and its overrides describe.
+
+    Args:
+        args: parsed arguments of a verb that called ``add_config``.
+        extra: further ``key=value`` overrides; they win.
+    """
+    from rae_xla.config import load_config
+
+    return load_config(args.config, overrides=[*args.overrides, *extra])
+
+
+def start_backend(
+    config: RunConfig, *, mesh: MeshConfig | None = None, same_bits: bool = False
+) -> Backend:
+    """Start the backend of a run; from then on only process 0 logs below WARNING.
+
+    Args:
+        config: of the run; its ``training.global_seed`` seeds torch's generator.
+        mesh: instead of ``config.mesh``.
+        same_bits: see ``rae_xla.runtime.start``.
 
     Raises:
-        UserError: it is a folder, or its own folder cannot be made.
+        UserError: if the backend is not installed or the mesh does not fit the devices.
+    """
+    from rae_xla.progress import log_only_on_first_process
+    from rae_xla.runtime import start
+
+    backend = start(
+        config.runtime,
+        config.mesh if mesh is None else mesh,
+        seed=config.training.global_seed,
+        same_bits=same_bits,
+    )
+    log_only_on_first_process(backend.process_index)
+    return backend
+
+
+def check_out_file(path: Path | None, option: str = "--out") -> None:
+    """Check that an output file can be written, before the work that produces its content.
+
+    The folder of the file is created.
+
+    Raises:
+        UserError: if ``path`` is a folder, or its parent folder cannot be created.
     """
     if path is None:
         return
@@ -37,19 +78,12 @@ def check_out_file(path: Path | None, option: str = "--out") -> None:
 
 
 def check_out_folder(path: Path, option: str = "--out") -> None:
-    """Make a folder, or say why it cannot be.
+    """Create an output folder unless it exists.
 
     Raises:
-        UserError: there is a file in its place, or it may not be written.
+        UserError: if a file has its name, or permission is missing.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{option}: the folder {path} cannot be made: {error.strerror}") from error
-
-
-def read_config(args: argparse.Namespace, *extra: str) -> RunConfig:
-    """The configuration these options describe; ``extra`` are further overrides."""
-    from rae_xla.config import load_config
-
-    return load_config(args.config, overrides=[*args.overrides, *extra])
+        raise UserError(f"{option}: cannot create the folder {path}: {error.strerror}") from error

@@ -1,11 +1,10 @@
-"""``rae-xla plan``: what a run will cost, before a pod is rented."""
+"""``rae-xla plan``: predict memory, time and cost of a run on TPUs."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import math
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,84 +22,95 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     add_config(parser)
     parser.add_argument(
-        "--stage", choices=("stage1", "stage2"), help="default: stage2 if the file describes it"
+        "--stage", choices=("stage1", "stage2"), help="default: stage2 if the file has stage_2"
     )
     parser.add_argument(
         "--topology",
         metavar="SLICE[,SLICE...]",
-        help="TPU slices: v6e:4x4, or gcloud's v6e-16; 2*v6e-16 are two; several give a table",
+        help="TPU slices: v6e:4x4, or gcloud's v6e-16; 2*v6e-16 are two slices; several slices, "
+        "separated by commas, give a table",
     )
     parser.add_argument(
-        "--batch", metavar="N[,N...]", help="images of a step (training.global_batch_size)"
+        "--batch", metavar="N[,N...]", help="images per step (training.global_batch_size)"
     )
     parser.add_argument(
         "--sweep",
         action="store_true",
-        help=f"a table: where not given, {', '.join(SWEEP)} and 1, 2 and 4 times the batch",
+        help=f"print a table; unless given, topologies are {', '.join(SWEEP)} and batches 1, 2 and "
+        "4 times the configured one",
     )
     parser.add_argument(
         "--effort",
         choices=("full", "fast"),
         default="fast",
-        help="of the compiler; fast (the default) is a preview, with up to 28%% less memory",
+        help="compiler effort; fast (the default) underestimates memory by up to 28%%",
     )
     parser.add_argument(
-        "--analytic", action="store_true", help="compile nothing: arithmetic alone, in seconds"
+        "--analytic",
+        action="store_true",
+        help="do not compile: estimate from parameter and FLOP counts, in seconds",
     )
-    parser.add_argument("--data", metavar="SHARDS", help="training shards, to count their images")
+    parser.add_argument("--data", metavar="SHARDS", help="training shards whose images to count")
     parser.add_argument(
-        "--images", type=int, metavar="N", help="images of an epoch; default: ImageNet's 1,281,167"
+        "--images", type=int, metavar="N", help="images per epoch; default: ImageNet's 1,281,167"
     )
-    parser.add_argument("--price", type=float, metavar="X", help="of one chip for one hour")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all of it there too")
+    parser.add_argument("--price", type=float, metavar="X", help="price of one chip for one hour")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all results as JSON")
     parser.add_argument(
-        "--max-memory", type=float, metavar="GB", help="of the compiler; default: what is free"
+        "--max-memory",
+        type=float,
+        metavar="GB",
+        help="host memory for the compiler; default: what is available",
     )
     parser.add_argument(
-        "--timeout", type=float, default=3600, metavar="S", help="of the compiler; default: 3600"
+        "--timeout",
+        type=float,
+        default=3600,
+        metavar="S",
+        help="seconds for the compiler; default: 3600",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Plan, and print; status 1 where a run does not fit."""
+    """Print forecasts; return 1 if one of them does not fit, else 0."""
     config = read_config(args)
     stage = args.stage or ("stage2" if config.stage_2 is not None else "stage1")
     names = args.topology.split(",") if args.topology else list(SWEEP if args.sweep else ())
     if not names:
-        raise UserError("which TPU? Give --topology v6e:4x4 (or v6e-16, ...), or --sweep")
+        raise UserError("no TPU given: give --topology v6e:4x4 (or v6e-16, ...), or --sweep")
     check_out_file(args.json, "--json")
     if args.price is not None and not 0 <= args.price < math.inf:
-        raise UserError(f"--price {args.price:g} must be a number from 0 on")
+        raise UserError(f"--price {args.price:g}: expected a number of at least 0")
     batches = _batches(args, config)
 
-    from rae_xla.plan.chips import parse_topology
+    from rae_xla.tools.plan.tpus import parse_topology
 
     topologies = [parse_topology(name) for name in names]
 
-    from rae_xla.plan.planner import Request, make_plans
-    from rae_xla.plan.report import as_json, fits, text_report, text_table
-    from rae_xla.plan.worker import GB, Limits, free_memory
+    from rae_xla.tools.plan.planner import PlanRequest, make_forecasts
+    from rae_xla.tools.plan.tables import forecast_json, forecast_table, forecast_text
+    from rae_xla.tools.plan.worker import GB, Limits, free_memory
 
     memory = free_memory() if args.max_memory is None else args.max_memory * GB
-    request = Request(
+    request = PlanRequest(
         config=config,
-        stage=stage,
+        task=stage,
         effort=args.effort,
         images=_images(args),
         price=args.price,
         limits=Limits(memory, args.timeout),
         compile_step=not args.analytic,
     )
-    plans = []
-    for plan in make_plans(request, topologies, batches, _say):
-        plans.append(plan)
-        print(text_report(plan, args.effort) + "\n", flush=True)
+    forecasts = []
+    for forecast in make_forecasts(request, topologies, batches):
+        forecasts.append(forecast)
+        print(forecast_text(forecast, args.effort) + "\n", flush=True)
         if args.json is not None:
-            content = [as_json(plan, args.effort) for plan in plans]
+            content = [forecast_json(finished, args.effort) for finished in forecasts]
             args.json.write_text(json.dumps(content, indent=1) + "\n")
-    if len(plans) > 1:
-        print(text_table(plans))
-    return 1 if any(fits(plan) is False for plan in plans) else 0
+    if len(forecasts) > 1:
+        print(forecast_table(forecasts))
+    return 1 if any(forecast.fits is False for forecast in forecasts) else 0
 
 
 def _batches(args: argparse.Namespace, config: RunConfig) -> list[int | None]:
@@ -118,17 +128,13 @@ def _batches(args: argparse.Namespace, config: RunConfig) -> list[int | None]:
 def _images(args: argparse.Namespace) -> int:
     if args.images is not None:
         if args.images < 1:
-            raise UserError(f"--images {args.images} must be at least 1")
+            raise UserError(f"--images {args.images}: expected at least 1")
         return int(args.images)
     if args.data:
         from rae_xla.data.mixture import open_training_data
 
         return len(open_training_data(args.data))
 
-    from rae_xla.plan.forecast import IMAGENET
+    from rae_xla.tools.plan.forecast import IMAGENET_IMAGES
 
-    return IMAGENET
-
-
-def _say(line: str) -> None:
-    print(f"plan: {line}", file=sys.stderr, flush=True)
+    return IMAGENET_IMAGES

@@ -1,4 +1,4 @@
-"""``rae-xla report``: how runs went, as one page."""
+"""``rae-xla report``: write an HTML page about one or several runs."""
 
 from __future__ import annotations
 
@@ -17,21 +17,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out",
         type=Path,
         metavar="FILE",
-        help="page to write; default: report.html in the folder, of several runs in this one",
+        help="HTML file to write; default: report.html in the results folder, for several runs in "
+        "the current folder",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the page."""
-    from rae_xla.report.page import write_page
-    from rae_xla.report.runs import read_runs
+    """Write the page; print its path and warnings about the results folders."""
+    from rae_xla.tools.report.page import write_page
+    from rae_xla.tools.report.runs import read_runs
 
     runs = read_runs(args.folders)
     out = args.out or (args.folders[0] if len(runs) == 1 else Path()) / "report.html"
     check_out_file(out)
     write_page(runs, out)
-    for found in runs:
-        for remark in found.remarks:
-            print(f"{found.folder}: {remark}")
+    for run in runs:
+        for warning in run.warnings:
+            print(f"{run.folder}: {warning}")
     print(f"{out}: {len(runs)} {'run' if len(runs) == 1 else 'runs'}")
     return 0

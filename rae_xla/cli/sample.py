@@ -1,12 +1,15 @@
-"""``rae-xla sample``: a set of pictures for people and for FID."""
+"""``rae-xla sample``: generate a set of images, for FID or for viewing."""
 
 from __future__ import annotations
 
 import argparse
+import logging
 from pathlib import Path
 
-from rae_xla.cli.options import add_config, read_config
+from rae_xla.cli.options import add_config, read_config, start_backend
 from rae_xla.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,19 +18,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ckpt",
         metavar="PATH",
-        help="weights of stage 2 (stage_2.ckpt): a file, a checkpoint, or a results folder",
+        help="stage-2 weights (stage_2.ckpt): a weight file, a checkpoint, or a results folder",
     )
     parser.add_argument(
-        "--out", required=True, type=Path, metavar="DIR", help="folder of the PNGs, grid and .npz"
+        "--out",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="output folder: PNGs, grid.png, samples.npz",
     )
-    parser.add_argument("--num-samples", type=int, default=100, metavar="N", help="default: 100")
+    parser.add_argument(
+        "--num-samples", type=int, default=100, metavar="N", help="number of images (default: 100)"
+    )
     parser.add_argument(
         "--labels",
         default="equal",
         metavar="WHICH",
-        help="equal (the default), random, or class numbers such as 207,360",
+        help="equal (every class equally often, the default), random, or labels such as 207,360",
     )
-    parser.add_argument("--batch-size", type=int, default=100, metavar="N", help="default: 100")
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=100,
+        metavar="N",
+        help="images at a time over all devices (default: 100)",
+    )
     parser.add_argument(
         "--layout",
         choices=("flat", "folders", "tar"),
@@ -35,9 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="PNGs in one folder (the default), in folders of 1,000, or in tar files of 1,000",
     )
     parser.add_argument(
-        "--workers", type=int, default=4, metavar="N", help="threads that write PNGs; default: 4"
+        "--workers", type=int, default=4, metavar="N", help="threads that write PNGs (default: 4)"
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="seed of noise and labels (default: 0)"
+    )
     parser.add_argument(
         "--keep-latents",
         action="store_true",
@@ -46,32 +63,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Draw what is not in the folder yet."""
-    from rae_xla.interop.checkpoint_tensors import find_weights
+    """Generate the images that the folder lacks."""
+    from rae_xla.checkpoint.tensors import find_weights
 
     extra = [f"stage_2.ckpt={find_weights(args.ckpt, '--ckpt')}"] if args.ckpt else []
     config = read_config(args, *extra)
     if min(args.num_samples, args.batch_size, args.workers) < 1:
         raise UserError("--num-samples, --batch-size and --workers must be at least 1")
 
-    from rae_xla.runtime import start
-    from rae_xla.sample.generate import load_sampler
     from rae_xla.sample.labels import make_labels
-    from rae_xla.sample.sample_set import claim_set, whole_on_every_device, write_set
+    from rae_xla.sample.sample_set import claim_set, replicated_mesh, write_set
+    from rae_xla.sample.sampler import load_sampler
 
     labels = make_labels(args.labels, args.num_samples, config.misc.num_classes, args.seed)
-    mesh = whole_on_every_device(config.mesh)
-    runtime = start(config.runtime, mesh, seed=config.training.global_seed, same_bits=True)
-    how = {"seed": args.seed, "keep_latents": args.keep_latents, "layout": args.layout}
-    claim_set(args.out, config, runtime, labels=args.labels, count=args.num_samples, **how)
-    sampler = load_sampler(config, runtime)
+    backend = start_backend(config, mesh=replicated_mesh(config.mesh), same_bits=True)
+    options = {"seed": args.seed, "keep_latents": args.keep_latents, "layout": args.layout}
+    claim_set(args.out, config, backend, labels=args.labels, count=args.num_samples, **options)
+    sampler = load_sampler(config, backend)
     guidance = config.guidance
     guided = f"{guidance.method} {guidance.scale:g}" if guidance.scale > 1 else "no guidance"
-    speaks = runtime.process_index == 0
-    if speaks:
-        print(f"{args.num_samples} samples, {guided}, on {runtime.description}")
+    logger.info("%d samples, %s, on %s", args.num_samples, guided, backend.description)
     batch = min(args.batch_size, args.num_samples)
-    written = write_set(sampler, labels, batch=batch, out=args.out, workers=args.workers, **how)
-    if speaks:
-        print(f"{written}")
+    path = write_set(sampler, labels, batch=batch, out=args.out, workers=args.workers, **options)
+    if backend.process_index == 0:
+        print(path)
     return 0

@@ -1,24 +1,31 @@
-"""``rae-xla shards``: make, index, verify, and say what is in them."""
+"""``rae-xla shards``: make, index and verify shards, and show statistics."""
 
 from __future__ import annotations
 
 import argparse
+import logging
 import re
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 
 from rae_xla.data.class_names import read_class_names
-from rae_xla.data.encoding import Encoding, ShardSample
-from rae_xla.data.foreign_shards import index_shards
-from rae_xla.data.index import ShardIndex, open_index, read_index
-from rae_xla.data.shard_journal import check_target
-from rae_xla.data.shard_picture import save_picture
-from rae_xla.data.shard_stats import LOOKED_AT, report, shard_stats
-from rae_xla.data.shards import SHARD_BYTES, make_shards, verify
-from rae_xla.data.sources import open_source
+from rae_xla.data.shards.encoding import Encoding, ShardSample
+from rae_xla.data.shards.index import ShardIndex, open_index, read_index
+from rae_xla.data.shards.indexing import index_shards
+from rae_xla.data.shards.journal import check_target
+from rae_xla.data.shards.sources import open_image_source
+from rae_xla.data.shards.stats import (
+    DEFAULT_EXAMINED,
+    format_stats,
+    save_stats_plot,
+    shard_stats,
+)
+from rae_xla.data.shards.verify import verify
+from rae_xla.data.shards.writer import SHARD_BYTES, make_shards
 from rae_xla.errors import UserError
 from rae_xla.progress import progress_bar
+
+logger = logging.getLogger(__name__)
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -28,30 +35,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(dest="shards_command", metavar="COMMAND", required=True)
     _add_make(commands.add_parser("make", help="write shards from images, tars, parquet or arrays"))
 
-    index = commands.add_parser("index", help="write the index of WebDataset tars of others")
+    index = commands.add_parser("index", help="write an index of existing WebDataset tars")
     index.add_argument(
         "source",
         metavar="SHARDS",
-        help="a folder of .tar files, one of them, or a pattern such as x-{0000..1023}.tar; local "
-        "or gs://",
+        help="a folder of .tar files, one .tar file, or a pattern such as x-{0000..1023}.tar; "
+        "local or gs://",
     )
-    index.add_argument("--out", metavar="FOLDER", help="where to write it (default: beside them)")
+    index.add_argument(
+        "--out", metavar="FOLDER", help="folder of the index (default: that of the tars)"
+    )
     _add_classes(index)
-    _add_workers(index, "processes that read")
+    _add_workers(index, "number of processes that read")
 
-    check = commands.add_parser("verify", help="read every byte of shards, report every fault")
+    check = commands.add_parser("verify", help="read every byte of shards and report every fault")
     check.add_argument("out", metavar="SHARDS", help="the folder of shards or its index.json")
-    _add_workers(check, "processes that read")
+    _add_workers(check, "number of processes that read")
 
     stats = commands.add_parser("stats", help="count classes, sizes, formats and resolutions")
     stats.add_argument("shards", metavar="SHARDS", help="the folder of shards or its index.json")
-    stats.add_argument("--out", metavar="PICTURE", help="draw histograms into this .png file")
+    stats.add_argument("--out", metavar="PLOT", help="write histograms to this .png file")
     stats.add_argument(
         "--sample",
         type=int,
-        default=LOOKED_AT,
+        default=DEFAULT_EXAMINED,
         metavar="N",
-        help=f"images whose headers are read, spread evenly (default: {LOOKED_AT:,})",
+        help=f"number of images whose headers are read (default: {DEFAULT_EXAMINED:,})",
     )
 
 
@@ -59,52 +68,58 @@ def _add_make(make: argparse.ArgumentParser) -> None:
     make.add_argument(
         "source",
         metavar="SOURCE",
-        help="a folder with a sub-folder of images per class; WebDataset tars (a folder, a file, a "
-        "pattern such as x-{0000..1023}.tar); hf:OWNER/NAME; a .parquet file or a folder of them; "
-        "an .npz file with arrays 'images' (uint8, N x H x W [x 3]) and 'labels'; or an .npy file "
-        "of images (then give --labels)",
+        help="a folder with a sub-folder of images per class; WebDataset tars (a folder, a file or "
+        "a pattern such as x-{0000..1023}.tar); hf:OWNER/NAME; a .parquet file or a folder of "
+        "them; an .npz file with arrays 'images' (uint8, N x H x W [x 3]) and 'labels'; or an "
+        ".npy file of images (with --labels)",
     )
     make.add_argument("out", metavar="OUT", help="a new or empty folder, local or gs://")
     _add_classes(make)
-    make.add_argument("--labels", metavar="FILE", help="labels (.npy) of an .npy file of images")
     make.add_argument(
-        "--split", default="train", help="of a Hugging Face data set (default: train)"
+        "--labels", metavar="FILE", help=".npy file of labels for an .npy file of images"
     )
-    make.add_argument("--image-column", metavar="NAME", help="its column of images")
-    make.add_argument("--label-column", metavar="NAME", help="its column of labels")
+    make.add_argument(
+        "--split", default="train", help="split of a Hugging Face data set (default: train)"
+    )
+    make.add_argument(
+        "--image-column", metavar="NAME", help="column of images of a Hugging Face data set"
+    )
+    make.add_argument(
+        "--label-column", metavar="NAME", help="column of labels of a Hugging Face data set"
+    )
     make.add_argument(
         "--image-size",
         type=int,
         metavar="N",
-        help="shorten the shorter side of larger images to N pixels (default: keep the files)",
+        help="resize larger images to N pixels on the shorter side (default: keep the files)",
     )
     make.add_argument(
         "--resize",
         choices=("adm", "bicubic"),
-        help="how: halved with a box filter and then bicubic, which keeps ADM's centre crops (the "
-        "default), or one bicubic step",
+        help="adm (default): halve with a box filter, then bicubic; keeps ADM's centre crops; "
+        "bicubic: one bicubic step",
     )
     make.add_argument(
         "--quality",
         type=int,
         metavar="Q",
-        help="store resized images as JPEG of this quality, 1 to 100 (default: as PNG, lossless)",
+        help="encode resized images as JPEG of this quality, 1 to 100 (default: PNG, lossless)",
     )
     make.add_argument(
         "--shard-size",
         type=parse_bytes,
         default=SHARD_BYTES,
         metavar="SIZE",
-        help="bytes of a shard at most, such as 256MB (the default) or 1GiB",
+        help="maximum size of a shard, such as 256MB (default) or 1GiB",
     )
     make.add_argument(
-        "--samples-per-shard", type=int, metavar="N", help="samples of a shard at most"
+        "--samples-per-shard", type=int, metavar="N", help="maximum number of samples per shard"
     )
-    _add_workers(make, "processes that encode")
+    _add_workers(make, "number of processes that encode")
     make.add_argument(
         "--keep-order",
         action="store_true",
-        help="keep the order of the source (default: mix it, so that shards hold all classes)",
+        help="keep the order of the source (default: shuffle, so that shards have all classes)",
     )
 
 
@@ -112,17 +127,19 @@ def _add_classes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--classes",
         metavar="FILE",
-        help='names and labels of the classes: a JSON object {"name": label} or array, or lines '
-        "'name label' or just 'name', in order",
+        help='names and labels of classes: a JSON object {"name": label}, a JSON array, or '
+        "lines of 'name label' or, in order, just 'name'",
     )
 
 
-def _add_workers(parser: argparse.ArgumentParser, what: str) -> None:
-    parser.add_argument("--workers", type=int, default=1, metavar="N", help=f"{what} (default: 1)")
+def _add_workers(parser: argparse.ArgumentParser, description: str) -> None:
+    parser.add_argument(
+        "--workers", type=int, default=1, metavar="N", help=f"{description} (default: 1)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do what the arguments say; the exit status is 1 if ``verify`` found a fault."""
+    """Run the sub-command; the exit status is 1 if ``verify`` found a fault."""
     if getattr(args, "workers", 1) < 1:
         raise UserError(f"--workers is {args.workers}; it must be at least 1")
     command = {"make": _make, "index": _index, "verify": _verify, "stats": _stats}
@@ -130,7 +147,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def parse_bytes(text: str) -> int:
-    """``"256MB"`` -> 256000000; units KB, MB, GB (powers of 1000), KiB, MiB, GiB (of 1024)."""
+    """Parse a size: ``"256MB"`` -> 256000000; KB, MB, GB are powers of 1000, KiB, … of 1024."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
     if match is None or match[2].upper() not in UNITS:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 256MB or 1GiB")
@@ -139,9 +156,9 @@ def parse_bytes(text: str) -> int:
 
 def _make(args: argparse.Namespace) -> int:
     if args.resize and args.image_size is None:
-        raise UserError(f"--resize {args.resize} resizes nothing without --image-size")
-    check_target(args.out)  # before a large source is looked through in vain
-    source = open_source(
+        raise UserError(f"--resize {args.resize} has no effect without --image-size")
+    check_target(args.out)  # before a large source is read in vain
+    source = open_image_source(
         args.source,
         encoding=Encoding(args.image_size, args.resize or "adm", args.quality),
         class_names=_class_names(args),
@@ -153,12 +170,12 @@ def _make(args: argparse.Namespace) -> int:
         workers=args.workers,
     )
 
-    # The bar must end before an error is printed, wherever that comes from.
+    # The bar must end before an error is printed.
     with ExitStack() as stack:
 
-        def shown(samples: Iterator[ShardSample], done: int) -> Iterable[ShardSample]:
+        def with_progress(samples: Iterator[ShardSample], done: int) -> Iterable[ShardSample]:
             if done:
-                print(f"{args.out}: going on after {done:,} images", file=sys.stderr)
+                logger.info("%s: resuming after %s images", args.out, f"{done:,}")
             bar = progress_bar(
                 samples, initial=done, total=len(source), desc="writing shards", unit="image"
             )
@@ -169,7 +186,7 @@ def _make(args: argparse.Namespace) -> int:
             args.out,
             shard_size_bytes=args.shard_size,
             samples_per_shard=args.samples_per_shard,
-            progress=shown,
+            progress=with_progress,
         )
     print(f"{index.folder}: {_counts(index)}")
     return 0
@@ -208,10 +225,10 @@ def _verify(args: argparse.Namespace) -> int:
 
 def _stats(args: argparse.Namespace) -> int:
     stats = shard_stats(open_index(args.shards), args.sample)
-    print(report(stats))
+    print(format_stats(stats))
     if args.out:
-        save_picture(stats, args.out)
-        print(f"picture: {args.out}")
+        save_stats_plot(stats, args.out)
+        print(f"plot: {args.out}")
     return 0
 
 

@@ -1,19 +1,22 @@
-"""``rae-xla stats``: the statistics that normalise latents."""
+"""``rae-xla stats``: compute the latent statistics for normalisation."""
 
 from __future__ import annotations
 
 import argparse
+import logging
 from pathlib import Path
 from typing import cast
 
-from rae_xla.cli.options import add_config, check_out_file, read_config
+from rae_xla.cli.options import add_config, check_out_file, read_config, start_backend
 from rae_xla.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     add_config(parser)
-    parser.add_argument("--data", metavar="SHARDS", help="shards to measure (data.train)")
+    parser.add_argument("--data", metavar="SHARDS", help="shards to encode (default: data.train)")
     parser.add_argument(
         "--out", required=True, type=Path, metavar="FILE", help="statistics file to write (.pt)"
     )
@@ -21,55 +24,51 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Encode every image once; write ``mean`` and ``var``."""
-    # the file to be written may already be named in the configuration
+    """Encode every image once, and write ``mean`` and ``var`` of the latents."""
+    # The configuration may already name the file that this command writes.
     config = read_config(args, "stage_1.params.normalization_stat_path=null")
     path = args.data or config.data.train
     if path is None:
-        raise UserError("no data to measure: give --data SHARDS or data.train=SHARDS")
+        raise UserError("no data: give --data SHARDS or data.train=SHARDS")
     if not isinstance(path, str):
-        raise UserError(
-            "data.train names several sources: give the one to measure as --data SHARDS"
-        )
+        raise UserError("data.train names several sources: give one of them as --data SHARDS")
     if config.stage_1 is None:
-        raise UserError(f"{args.config} has no stage_1 section: it names the encoder to measure")
+        raise UserError(f"{args.config} has no stage_1 section: add it, to name the encoder")
 
     check_out_file(args.out)
 
-    from rae_xla.data.shards import open_index
-    from rae_xla.data.stream import one_pass
+    from rae_xla.checkpoint.provenance import encoder_part, write_statistics_manifest
+    from rae_xla.data.loader import one_pass
+    from rae_xla.data.shards.index import open_index
     from rae_xla.data.transforms import CenterCrop
     from rae_xla.evaluate.latent_statistics import latent_moments
-    from rae_xla.interop.belonging import encoder_of, write_statistics_manifest
+    from rae_xla.interop.instantiate import instantiate
     from rae_xla.models.rae import RAE
     from rae_xla.models.weights import write_torch_file
     from rae_xla.progress import progress_bar
-    from rae_xla.registry import instantiate
-    from rae_xla.runtime import start
 
     index = open_index(path)
-    runtime = start(config.runtime, config.mesh, seed=config.training.global_seed)
+    backend = start_backend(config)
     rae = cast("RAE", instantiate(config.stage_1)).requires_grad_(False)
-    encoder = encoder_of(rae, str(config.stage_1.params.get("encoder_config_path")))
-    runtime.place(rae)
-    parts = runtime.mesh.batch_parts
+    encoder = encoder_part(rae, str(config.stage_1.params.get("encoder_config_path")))
+    backend.place(rae)
+    parts = backend.mesh.batch_shards
     batch_size = -(-args.batch_size // parts) * parts
     batches = one_pass(
         index,
         batch_size=batch_size,
         transform=CenterCrop(config.data.image_size),
-        process_index=runtime.process_index,
-        process_count=runtime.process_count,
+        process_index=backend.process_index,
+        process_count=backend.process_count,
         num_workers=config.data.num_workers,
     )
-    speaks = runtime.process_index == 0
-    if speaks:
-        print(f"statistics of {len(index)} images on {runtime.description}")
+    is_first = backend.process_index == 0
+    logger.info("statistics of %d images on %s", len(index), backend.description)
     total = -(-len(index) // batch_size)
     moments = latent_moments(
-        rae, runtime, progress_bar(batches, total=total, unit="batch", disable=not speaks)
+        rae, backend, progress_bar(batches, total=total, unit="batch", disable=not is_first)
     )
-    if speaks:
+    if is_first:
         mean, var = moments.mean.float(), moments.variance.float()
         write_torch_file({"mean": mean, "var": var}, args.out)
         write_statistics_manifest(args.out, mean, var, encoder)

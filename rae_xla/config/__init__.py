@@ -1,11 +1,11 @@
-"""One YAML describes a run: the published schema, typed, checked and completed."""
+"""Configuration of a run: the schema, and loading and validation of YAML files."""
 
 from __future__ import annotations
 
-from rae_xla.config.batch import BatchSplit, check_mesh
+from rae_xla.config.batch import BatchSplit, split_batch
 from rae_xla.config.load import load_config
 from rae_xla.config.run import RunConfig
-from rae_xla.config.sections import (
+from rae_xla.config.schema import (
     CheckpointConfig,
     DataConfig,
     EvalConfig,
@@ -43,6 +43,6 @@ __all__ = [
     "TrainingConfig",
     "TransportConfig",
     "WeightsConfig",
-    "check_mesh",
     "load_config",
+    "split_batch",
 ]

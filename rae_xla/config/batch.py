@@ -1,4 +1,4 @@
-"""The batch against the devices a run is to use, once their number is known."""
+"""Division of the global batch into micro-batches and over devices."""
 
 from __future__ import annotations
 
@@ -10,27 +10,34 @@ from rae_xla.errors import UserError
 
 @dataclass(frozen=True)
 class BatchSplit:
-    """How the images of one optimizer step are cut."""
+    """Batch sizes of one optimizer step, in images.
+
+    Attributes:
+        global_batch_size: per optimizer step, over all devices.
+        micro_batch_size: per forward pass, over all devices.
+        per_device: per forward pass on each device.
+    """
 
     global_batch_size: int
-    """Images per optimizer step."""
     micro_batch_size: int
-    """Images per forward pass, over all devices."""
     per_device: int
-    """Images per forward pass on each device."""
 
 
-def check_mesh(config: RunConfig, device_count: int) -> BatchSplit:
-    """Cut the batch for the ``device_count`` devices it is split over: all of them but those that
-    the ``tensor`` axis of the mesh puts side by side.
+def split_batch(config: RunConfig, batch_shards: int) -> BatchSplit:
+    """Divide the batch of a run over its devices.
+
+    Args:
+        config: of the run.
+        batch_shards: number of devices that the batch is split over. Devices along the mesh's
+            ``tensor`` axis share one shard.
 
     Raises:
-        UserError: no batch size is given, two are that differ, or a micro-batch cannot be split
-            evenly over the devices.
+        UserError: if no batch size is given, if two contradictory ones are given, or if a
+            micro-batch cannot be split evenly over the devices.
     """
     training = config.training
-    parts = device_count * training.grad_accum_steps
-    places = f"{device_count} devices x grad_accum_steps {training.grad_accum_steps}"
+    parts = batch_shards * training.grad_accum_steps
+    factors = f"{batch_shards} devices x grad_accum_steps {training.grad_accum_steps}"
     implied = training.batch_size and training.batch_size * parts
     batch = training.global_batch_size or implied
     if batch is None:
@@ -40,12 +47,12 @@ def check_mesh(config: RunConfig, device_count: int) -> BatchSplit:
     if implied is not None and batch != implied:
         raise UserError(
             f"training.global_batch_size {batch} is not training.batch_size {training.batch_size}"
-            f" x {places} = {implied}: give only one of the two"
+            f" x {factors} = {implied}: give only one of the two"
         )
     if batch % parts:
-        near = max(1, round(batch / parts)) * parts
+        nearest = max(1, round(batch / parts)) * parts
         raise UserError(
-            f"training.global_batch_size {batch} cannot be split evenly over {places}: write a"
-            f" multiple of {parts}, such as {near}"
+            f"training.global_batch_size {batch} cannot be split evenly over {factors}: write a"
+            f" multiple of {parts}, such as {nearest}"
         )
     return BatchSplit(batch, batch // training.grad_accum_steps, batch // parts)

@@ -1,4 +1,4 @@
-"""The latents an encoder gives, from its config.json or its name: no model is built."""
+"""Shape of an encoder's latents, derived from its config.json or name without building it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from rae_xla.config.model_params import RAEParams
 from rae_xla.config.typed import Origin
 from rae_xla.errors import UserError
 
-# Patch side and width of the encoders RAEs are made of, by what their names have in common.
-# `wReg_base` and `base_p16` are the folder names of the published collection.
-_KNOWN = [
+# Name pattern, patch side in pixels (None: the number in the name) and width of published encoders.
+# `wReg_base` and `base_p16` are folder names of the published RAE collection.
+_KNOWN_ENCODERS = [
     (r"dinov2.*small", 14, 384),
     (r"dinov2.*base", 14, 768),
     (r"dinov2.*large", 14, 1024),
@@ -29,16 +29,26 @@ _KNOWN = [
 
 @dataclass(frozen=True)
 class EncoderGeometry:
-    """What an encoder makes of pixels."""
+    """Shape of an encoder's tokens.
+
+    Attributes:
+        patch_size: side of the pixels that one token covers.
+        channels: width of a token.
+    """
 
     patch_size: int
     channels: int
 
 
 def encoder_geometry(config_path: str) -> EncoderGeometry | None:
-    """The geometry of an encoder by its folder or hub id; None where neither tells.
+    """Return the geometry of an encoder, or None if it is unknown.
 
-    A local folder's config.json is believed before the name.
+    Args:
+        config_path: local folder or hub id of the encoder. The ``config.json`` of a local folder
+            takes precedence over the name.
+
+    Raises:
+        UserError: if ``config.json`` has no patch or hidden size.
     """
     file = Path(config_path) / "config.json"
     if file.is_file():
@@ -48,11 +58,11 @@ def encoder_geometry(config_path: str) -> EncoderGeometry | None:
             return EncoderGeometry(int(config["patch_size"]), int(config["hidden_size"]))
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise UserError(
-                f"{file} is no encoder's config.json ({error!r}): it must have patch_size and"
-                " hidden_size"
+                f"{file} is not the config.json of an encoder ({error!r}): it must have patch_size"
+                " and hidden_size"
             ) from error
     name = "/".join(Path(config_path).parts[-2:])  # owner/model, or dinov2/wReg_base
-    for pattern, patch, channels in _KNOWN:
+    for pattern, patch, channels in _KNOWN_ENCODERS:
         match = re.search(pattern, name, re.IGNORECASE)
         if match:
             return EncoderGeometry(patch or int(match[1]), channels)
@@ -60,20 +70,21 @@ def encoder_geometry(config_path: str) -> EncoderGeometry | None:
 
 
 def latent_size(rae: RAEParams, origin: Origin) -> tuple[int, int, int] | None:
-    """(C, H, W) of the autoencoder's latents, or None where the encoder is not known here.
+    """Return (C, H, W) of the autoencoder's latents, or None if the encoder is unknown.
 
     Raises:
-        UserError: the input size is no multiple of the encoder's patch.
+        UserError: if the input size is not a multiple of the encoder's patch size.
     """
     geometry = encoder_geometry(rae.encoder_config_path)
     if geometry is None:
         return None
     side, rest = divmod(rae.encoder_input_size, geometry.patch_size)
     if rest:
-        below = side * geometry.patch_size
+        smaller = side * geometry.patch_size
         key = "stage_1.params.encoder_input_size"
         raise UserError(
-            f"{key} ({origin.of(key)}): {rae.encoder_input_size} is no multiple of the encoder's"
-            f" patch, {geometry.patch_size}: write {below} or {below + geometry.patch_size}"
+            f"{key} ({origin.describe(key)}): {rae.encoder_input_size} is not a multiple of the"
+            f" encoder's patch size {geometry.patch_size}: write {smaller} or"
+            f" {smaller + geometry.patch_size}"
         )
     return geometry.channels, side, side

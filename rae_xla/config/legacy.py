@@ -1,7 +1,7 @@
-"""Older spellings into the present ones, so that everything after loading sees one schema.
+"""Legacy key spellings: translation to the current schema while a file is loaded.
 
-The reference changed its keys over time and users keep their files. A present key, where both
-are given in one place, is believed before an older one.
+The reference implementation renamed its keys over time, and users keep their files. If one source
+(a file, or the command line) gives both spellings of a key, the current one wins.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from rae_xla.errors import UserError
 
 Tree = dict[str, Any]
 
-# Older key -> the keys that say it now. Dashes have become underscores before this is read.
+# Legacy key of `training` -> current keys below `training`, with dashes already replaced by
+# underscores.
 _SCHEDULE = {
     "base_lr": ("scheduler.base_lr", "optimizer.lr"),
     "final_lr": ("scheduler.final_lr",),
@@ -21,7 +22,7 @@ _SCHEDULE = {
     "warmup_epochs": ("scheduler.warmup_epochs",),
     "warmup_steps": ("scheduler.warmup_steps",),
     "warmup_from_zero": ("scheduler.warmup_from_zero",),
-    # Constant until the decay starts: what the scheduler now calls a warm-up not from zero.
+    # The rate is constant until the decay starts: a warm-up with warmup_from_zero false.
     "decay_start_epoch": ("scheduler.warmup_epochs",),
     "decay_start_steps": ("scheduler.warmup_steps",),
     "decay_end_epoch": ("scheduler.decay_end_epoch",),
@@ -32,67 +33,72 @@ _SCHEDULE = {
     "wd": ("optimizer.weight_decay",),
     "weight_decay": ("optimizer.weight_decay",),
 }
-_MOVED: dict[str, tuple[str, ...]] = {
+_RENAMED: dict[str, tuple[str, ...]] = {
     **{f"training.{old}": tuple(f"training.{n}" for n in new) for old, new in _SCHEDULE.items()},
     "training.log_interval": ("training.log_every",),
     "training.ckpt_every": ("checkpoint.every_steps",),
     "training.num_workers": ("data.num_workers",),
     "training.cfg_scale": ("guidance.scale",),
 }
-for _part in ("training", "gan.disc"):
-    _MOVED |= {
-        f"{_part}.optimizer.beta": (f"{_part}.optimizer.betas",),
-        f"{_part}.optimizer.wd": (f"{_part}.optimizer.weight_decay",),
-        f"{_part}.scheduler.schedule_type": (f"{_part}.scheduler.type",),
-        f"{_part}.scheduler.decay_start_epoch": (f"{_part}.scheduler.warmup_epochs",),
-        f"{_part}.scheduler.decay_start_steps": (f"{_part}.scheduler.warmup_steps",),
+for _section in ("training", "gan.disc"):
+    _RENAMED |= {
+        f"{_section}.optimizer.beta": (f"{_section}.optimizer.betas",),
+        f"{_section}.optimizer.wd": (f"{_section}.optimizer.weight_decay",),
+        f"{_section}.scheduler.schedule_type": (f"{_section}.scheduler.type",),
+        f"{_section}.scheduler.decay_start_epoch": (f"{_section}.scheduler.warmup_epochs",),
+        f"{_section}.scheduler.decay_start_steps": (f"{_section}.scheduler.warmup_steps",),
     }
-# Notes the reference's stage-1 script adds to the file it saves with a run.
-_DROPPED = ("cmd_args", "experiment_dir", "checkpoint_dir")
+# Keys that the reference's stage-1 script adds to the file that it saves with a run.
+_IGNORED = ("cmd_args", "experiment_dir", "checkpoint_dir")
 
 
-def add_present_names(tree: Tree, where: str) -> Tree:
-    """Dashes in keys become underscores, and each older key's value is added under its new name.
+def add_current_names(tree: Tree, where: str) -> Tree:
+    """Copy the value of each legacy key to its current name; replace dashes by underscores.
 
-    The older keys stay, for ``${training.base_lr}`` to find, until :func:`drop_older_names`.
+    The legacy keys remain until :func:`drop_legacy_names`, so that interpolations such as
+    ``${training.base_lr}`` resolve.
+
+    Args:
+        tree: settings as read.
+        where: source of the settings, for error messages.
 
     Raises:
-        UserError: two older keys of one meaning have different values; ``where`` they stand.
+        UserError: if two legacy keys of the same meaning have different values.
     """
     tree = _without_dashes(tree)
-    said: dict[str, tuple[str, Any]] = {}
-    for old, new_names in _MOVED.items():
+    sources: dict[str, tuple[str, Any]] = {}
+    for old, new_names in _RENAMED.items():
         holder, leaf = _parent(tree, old)
         if leaf not in holder:
             continue
         value = holder[leaf]
         for new in new_names:
-            other, its = said.setdefault(new, (old, value))
-            if its != value:
+            other, other_value = sources.setdefault(new, (old, value))
+            if other_value != value:
                 raise UserError(
-                    f"{other}: {its} and {old}: {value} ({where}) both mean {new}: keep one"
+                    f"{other}: {other_value} and {old}: {value} ({where}) both set {new}: keep one"
                 )
             _set_default(tree, new, value)
     return tree
 
 
-def drop_older_names(tree: Tree) -> Tree:
-    """Remove what :func:`add_present_names` has copied; tidy values the reference also takes."""
-    for old in (*_MOVED, *_DROPPED):
+def drop_legacy_names(tree: Tree) -> Tree:
+    """Remove legacy keys, and normalise legacy forms of values."""
+    for old in (*_RENAMED, *_IGNORED):
         holder, leaf = _parent(tree, old)
         holder.pop(leaf, None)
     for optimizer in _sections(tree, "training.optimizer", "gan.disc.optimizer"):
         betas = optimizer.get("betas")
-        if isinstance(betas, float):  # one number for both
+        if isinstance(betas, float):  # the reference accepts one number for both
             optimizer["betas"] = [betas, betas]
-        if str(optimizer.get("type", "adamw")).lower() == "adamw":  # there is no other
+        if str(optimizer.get("type", "adamw")).lower() == "adamw":  # the only optimizer
             optimizer.pop("type", None)
     for sampler in _sections(tree, "sampler"):
         if isinstance(sampler.get("mode"), str):
             sampler["mode"] = sampler["mode"].upper()
     for params in _sections(tree, "stage_1.params"):
         path = params.get("encoder_config_path")
-        # The published DINOv2-B_512.yaml has a quote at the end of this path and none before.
+        # The published DINOv2-B_512.yaml has a stray quote at the end of this path.
         if isinstance(path, str) and path.count("'") == 1:
             params["encoder_config_path"] = path.rstrip("'")
     return tree
@@ -108,7 +114,7 @@ def _without_dashes(tree: Tree) -> Tree:
 
 
 def _parent(tree: Tree, name: str) -> tuple[Tree, str]:
-    """The section that holds a dotted name (an empty one where there is none), and its leaf."""
+    """Return the section that contains a dotted name ({} if it is missing), and the last part."""
     *path, leaf = name.split(".")
     for part in path:
         inner = tree.get(part)

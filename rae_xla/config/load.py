@@ -1,7 +1,7 @@
-"""A YAML file and ``key=value`` overrides into a :class:`RunConfig`.
+"""Loading of a :class:`RunConfig` from a YAML file and ``key=value`` overrides.
 
-defaults < base < file < overrides, merged and interpolated by OmegaConf; older spellings are
-renewed first, what the models determine is filled in, and what cannot work is refused.
+Precedence: defaults < base < file < overrides. Legacy spellings are translated, OmegaConf merges
+and interpolates, values that follow from the models are filled in, and the result is validated.
 """
 
 from __future__ import annotations
@@ -15,48 +15,51 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from rae_xla.config.check import check, fill_in
-from rae_xla.config.legacy import Tree, add_present_names, drop_older_names
+from rae_xla.config.legacy import Tree, add_current_names, drop_legacy_names
 from rae_xla.config.run import RunConfig
 from rae_xla.config.typed import Origin, build
+from rae_xla.config.validation import complete, validate
 from rae_xla.errors import UserError
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read the configuration of a run.
+    """Load the configuration of a run.
 
     Args:
-        path: a YAML file; None for the defaults alone. Its key ``base`` names another file, beside
-            it, whose settings it changes.
+        path: YAML file, or None for the defaults. Its key ``base`` may name another file, relative
+            to its own folder, whose settings it changes.
         overrides: ``key=value`` with dotted keys, such as ``training.optimizer.lr=1e-4``;
-            ``base=FILE`` puts another file in the place of the one that ``path`` is based on.
+            ``base=FILE`` replaces the base of ``path``.
 
     Returns:
-        the complete configuration, its derived keys filled in. Paths inside it are relative to
-        the working directory, not to the file.
+        The complete, validated configuration. Paths in it are relative to the working directory,
+        not to the file.
 
     Raises:
-        UserError: a missing or malformed file, an unknown key, a wrong type, or settings that
-            contradict each other.
+        UserError: if the file is missing or malformed, a key is unknown, a value has the wrong
+            type, or settings contradict each other.
     """
-    changes = add_present_names(_parse(overrides), "on the command line")
+    changes = add_current_names(_parse(overrides), "on the command line")
     base = changes.pop("base", None)
     file = {} if path is None else _read_with_base(Path(path), base and Path(str(base)))
     origin = Origin(
         None if path is None else str(path), frozenset(_keys(file)), frozenset(_keys(changes))
     )
-    given = drop_older_names(_merge(file, changes, origin))
-    _refuse_impossible(given, origin)
-    _refuse_hidden_rate(given, origin)
+    given = drop_legacy_names(_merge(file, changes, origin))
+    _reject_unsupported(given, origin)
+    _reject_ineffective_lr(given, origin)
     config = build(RunConfig, given, origin)
-    config = fill_in(config, given, origin)
-    check(config, origin)
+    config = complete(config, given, origin)
+    validate(config, origin)
     return config
 
 
 def _read_with_base(path: Path, base: Path | None = None, above: tuple[Path, ...] = ()) -> Tree:
-    """A file's tree in present names, upon those of ``base``, or of what it calls its base."""
-    tree = add_present_names(_read(path), f"in {path}")
+    """Read a file, merged onto ``base`` or onto the base that the file names.
+
+    ``above`` are the files whose base this is, to detect a cycle.
+    """
+    tree = add_current_names(_read(path), f"in {path}")
     named = tree.pop("base", None)
     if named is not None and not isinstance(named, str):
         raise UserError(f"base (in {path}): expected the path of a YAML file, got {named!r}")
@@ -66,7 +69,9 @@ def _read_with_base(path: Path, base: Path | None = None, above: tuple[Path, ...
         return tree
     chain = (*above, path.resolve())
     if base.resolve() in chain:
-        raise UserError(f"base (in {path}): {base} is built on this file, and so on for ever")
+        raise UserError(
+            f"base (in {path}): {base} has this file as its base: the bases form a cycle"
+        )
     merged = OmegaConf.merge(_read_with_base(base, None, chain), tree)
     return cast(Tree, OmegaConf.to_container(merged, resolve=False))
 
@@ -89,10 +94,10 @@ def _missing(path: Path) -> str:
     if path.is_dir():
         return f"{path} is a folder; expected a YAML file"
     if not path.parent.is_dir():
-        return f"no config file {path}: there is no folder {path.parent}"
+        return f"no config file {path}: the folder {path.parent} does not exist"
     names = [p.name for p in path.parent.iterdir() if p.suffix in (".yaml", ".yml")]
     near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.4)
-    hint = f". Near it in that folder: {', '.join(near)}" if near else ""
+    hint = f". Similar names in that folder: {', '.join(near)}" if near else ""
     return f"no config file {path}{hint}"
 
 
@@ -116,29 +121,29 @@ def _parse(overrides: Sequence[str]) -> Tree:
 
 
 def _merge(file: Tree, changes: Tree, origin: Origin) -> Tree:
-    """File and overrides as one tree, its ``${…}`` resolved (defaults may be referred to)."""
+    """Merge file and overrides, and resolve ``${…}``, which may refer to defaults."""
     try:
         given = OmegaConf.merge(OmegaConf.create(file), OmegaConf.create(changes))
         full = OmegaConf.merge(OmegaConf.create(RunConfig().to_dict()), given)
         resolved = OmegaConf.to_container(full, resolve=True)
     except OmegaConfBaseException as error:
         raise UserError(f"{origin.file or 'overrides'}: {_one_line(error)}") from error
-    return cast(Tree, _only(resolved, OmegaConf.to_container(given, resolve=False)))
+    return cast(Tree, _select(resolved, OmegaConf.to_container(given, resolve=False)))
 
 
-def _only(resolved: Any, given: Any) -> Any:
-    """The part of ``resolved`` that ``given`` has keys for."""
+def _select(resolved: Any, given: Any) -> Any:
+    """Return the part of ``resolved`` whose keys are in ``given``."""
     if isinstance(resolved, dict) and isinstance(given, dict):
-        return {k: _only(resolved[k], given[k]) for k in given}
+        return {k: _select(resolved[k], given[k]) for k in given}
     return resolved
 
 
-# Settings that exist elsewhere but not here: key, the values meant (None: any), and why.
-_IMPOSSIBLE: tuple[tuple[str, tuple[str, ...] | None, str], ...] = (
+# Settings of other implementations that are not supported: key, values (None: any), and reason.
+_UNSUPPORTED: tuple[tuple[str, tuple[str, ...] | None, str], ...] = (
     (
         "runtime.precision",
         ("fp16", "float16", "16"),
-        "fp16 needs loss scaling, which there is none of here: write bf16, or fp32",
+        "fp16 needs loss scaling, which is not implemented: write bf16, or fp32",
     ),
     (
         "transport.params.time_dist_shift",
@@ -151,23 +156,23 @@ _IMPOSSIBLE: tuple[tuple[str, tuple[str, ...] | None, str], ...] = (
 )
 
 
-def _refuse_impossible(given: Tree, origin: Origin) -> None:
-    for key, values, reason in _IMPOSSIBLE:
+def _reject_unsupported(given: Tree, origin: Origin) -> None:
+    for key, values, reason in _UNSUPPORTED:
         value = _lookup(given, key)
         if value is not None and (values is None or str(value) in values):
-            raise UserError(f"{key} ({origin.of(key)}) is {value}: {reason}")
+            raise UserError(f"{key} ({origin.describe(key)}) is {value}: {reason}")
 
 
-def _refuse_hidden_rate(given: Tree, origin: Origin) -> None:
-    """An ``optimizer.lr`` from the command line that the file's ``base_lr`` would undo."""
-    mine, replacing = "training.optimizer.lr", "training.scheduler.base_lr"
-    if mine not in origin.overridden or replacing in origin.overridden:
+def _reject_ineffective_lr(given: Tree, origin: Origin) -> None:
+    """Raise if ``base_lr`` of the file would replace an ``optimizer.lr`` of the command line."""
+    overridden, effective = "training.optimizer.lr", "training.scheduler.base_lr"
+    if overridden not in origin.overridden or effective in origin.overridden:
         return
-    rate, base = _lookup(given, mine), _lookup(given, replacing)
+    rate, base = _lookup(given, overridden), _lookup(given, effective)
     if base is not None and base != rate:
         raise UserError(
-            f"{mine}={rate} would have no effect: {replacing} is {base} (in {origin.file}) and"
-            f" replaces it. Set {replacing} instead"
+            f"{overridden}={rate} would have no effect: {effective} is {base} (in {origin.file})"
+            f" and replaces it. Set {effective} instead"
         )
 
 

@@ -1,4 +1,4 @@
-"""The whole configuration of a run, and what identifies the run it describes."""
+"""RunConfig: the configuration of a run, and the part of it that identifies the run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Annotated, Any
 
 from omegaconf import OmegaConf
 
-from rae_xla.config.sections import (
+from rae_xla.config.registry import full_name
+from rae_xla.config.schema import (
     CheckpointConfig,
     DataConfig,
     EvalConfig,
@@ -27,13 +28,12 @@ from rae_xla.config.sections import (
     TransportConfig,
     WeightsConfig,
 )
-from rae_xla.config.targets import full_name
 
-# What may change from one start of a run to the next without making it another run: where it
-# computes, what it reports and when it saves. Every other key is part of its mathematics.
-# `epochs` and `steps` are here because going on for longer changes no step already taken;
-# `data.train` because shards may move: what they hold has a fingerprint of its own.
-_NOT_IDENTITY: tuple[str, ...] = (
+# Keys that may change when a run is resumed: where it computes, what it reports and when it saves.
+# Every other key affects the numerical result. `epochs` and `steps` are listed because a longer run
+# changes no step already taken; `data.train` because shards may move: the trainer compares a
+# fingerprint of their content instead.
+_NOT_IN_IDENTITY: tuple[str, ...] = (
     "sampler",
     "guidance",
     "eval",
@@ -72,7 +72,7 @@ _NOT_IDENTITY: tuple[str, ...] = (
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One run: read with :func:`rae_xla.load_config`, saved with every result."""
+    """Configuration of one run; read it with :func:`rae_xla.load_config`."""
 
     stage_1: Annotated[ModelSpec | None, "the autoencoder (RAE)"] = None
     stage_2: Annotated[ModelSpec | None, "the diffusion transformer"] = None
@@ -81,8 +81,8 @@ class RunConfig:
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
     misc: MiscConfig = field(default_factory=MiscConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
-    eval: Annotated[EvalConfig | None, "evaluation while training; left out: none"] = None
-    gan: Annotated[GanConfig | None, "LPIPS and GAN of stage 1; left out: L1 alone"] = None
+    eval: Annotated[EvalConfig | None, "evaluation during training; omitted: none"] = None
+    gan: Annotated[GanConfig | None, "LPIPS and GAN losses of stage 1; omitted: L1 only"] = None
     weights: WeightsConfig = field(default_factory=WeightsConfig)
     data: DataConfig = field(default_factory=DataConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
@@ -92,66 +92,66 @@ class RunConfig:
 
     @property
     def time_dist_shift(self) -> float:
-        """The time shift sqrt(dim / base) of training and sampling (1 where dim is unknown)."""
+        """Time shift sqrt(dim / base) of training and sampling; 1 if dim is unknown."""
         dim = self.misc.time_dist_shift_dim
         return 1.0 if dim is None else float((dim / self.misc.time_dist_shift_base) ** 0.5)
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration as plain dicts, lists and scalars, every key present."""
-        tree: dict[str, Any] = plain(asdict(self))
+        """Return the configuration as plain dicts, lists and scalars, with every key."""
+        tree: dict[str, Any] = to_plain(asdict(self))
         return tree
 
     def to_yaml(self) -> str:
-        """The resolved configuration as YAML; ``load_config`` of it gives an equal one."""
+        """Return the resolved configuration as YAML, which ``load_config`` reads back unchanged."""
         return OmegaConf.to_yaml(OmegaConf.create(self.to_dict()))
 
     def save(self, path: str | Path) -> None:
-        """Write :meth:`to_yaml` to ``path``, making its folder if need be."""
+        """Write :meth:`to_yaml` to ``path``; create its folder if necessary."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(self.to_yaml(), encoding="utf-8")
 
     def flat(self) -> dict[str, Any]:
-        """Every key by its dotted name: ``{"training.epochs": 80, …}``."""
+        """Return every key by its dotted name: ``{"training.epochs": 80, …}``."""
         return _flatten(self.to_dict())
 
     def identity(self) -> dict[str, Any]:
-        """The keys of :meth:`flat` that define the run's mathematics.
+        """Return the keys of :meth:`flat` that affect the numerical result of the run.
 
-        Models, data, transport, training and precision; not the devices, the results, or how
-        often something is logged or saved.
+        These are models, data, transport, training and precision; not devices, output folders, or
+        how often something is logged or saved.
         """
-        left_out = _NOT_IDENTITY
+        excluded = _NOT_IN_IDENTITY
         if self.training.global_batch_size is not None:
-            # The optimizer sees the same batch however it is cut.
-            left_out += ("training.batch_size", "training.grad_accum_steps")
-        kept = {k: v for k, v in self.flat().items() if not _is_under(k, left_out)}
+            # The gradient does not depend on how the batch is divided.
+            excluded += ("training.batch_size", "training.grad_accum_steps")
+        kept = {k: v for k, v in self.flat().items() if not _is_below(k, excluded)}
         targets = {k: full_name(v) for k, v in kept.items() if k.endswith(".target")}
         return kept | targets
 
     def fingerprint(self) -> str:
-        """A hash (16 hex digits) of :meth:`identity`: equal for two starts of one run."""
+        """Return a hash (16 hex digits) of :meth:`identity`."""
         text = json.dumps(self.identity(), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def diff(self, other: RunConfig) -> list[str]:
-        """The keys of :meth:`identity` that differ, sorted: empty where it is the same run."""
+        """Return the sorted keys of :meth:`identity` that differ; none if the runs are the same."""
         mine, theirs = self.identity(), other.identity()
         return sorted(
             k for k in mine.keys() | theirs.keys() if mine.get(k, ...) != theirs.get(k, ...)
         )
 
 
-def _is_under(name: str, prefixes: tuple[str, ...]) -> bool:
+def _is_below(name: str, prefixes: tuple[str, ...]) -> bool:
     return any(name == p or name.startswith(p + ".") for p in prefixes)
 
 
-def plain(value: Any) -> Any:
-    """``value`` with its mappings as dicts and its sequences as lists, as YAML has them."""
+def to_plain(value: Any) -> Any:
+    """Return ``value`` with mappings as dicts and sequences as lists, as YAML represents them."""
     if isinstance(value, Mapping):
-        return {str(k): plain(v) for k, v in value.items()}
+        return {str(k): to_plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(v) for v in value]
+        return [to_plain(v) for v in value]
     return value
 
 

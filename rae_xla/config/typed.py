@@ -1,4 +1,4 @@
-"""Plain YAML values into dataclasses: every key known, every value of its type, or a UserError."""
+"""Conversion of plain YAML values to dataclasses, with type checks and user errors."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
+from rae_xla.config.run import RunConfig
 from rae_xla.errors import UserError
 
 T = TypeVar("T")
@@ -16,18 +17,24 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Origin:
-    """Where each key's value was written, for messages."""
+    """Where the value of each key was given, for error messages.
+
+    Attributes:
+        file: path of the YAML file, if any.
+        written: dotted keys that the file (or its base) sets.
+        overridden: dotted keys that the command line sets.
+    """
 
     file: str | None = None
     written: frozenset[str] = frozenset()
     overridden: frozenset[str] = frozenset()
 
-    def of(self, key: str) -> str:
-        """``on the command line``, or ``in FILE``."""
-        in_an_override = any(_within(key, o) for o in self.overridden)
-        above_overrides = any(_within(o, key) for o in self.overridden)
-        in_the_file = any(_within(k, key) for k in self.written)
-        if not self.file or in_an_override or (above_overrides and not in_the_file):
+    def describe(self, key: str) -> str:
+        """Return ``on the command line`` or ``in FILE``."""
+        in_override = any(_within(key, o) for o in self.overridden)
+        contains_override = any(_within(o, key) for o in self.overridden)
+        in_file = any(_within(k, key) for k in self.written)
+        if not self.file or in_override or (contains_override and not in_file):
             return "on the command line"
         return f"in {self.file}"
 
@@ -37,49 +44,54 @@ def _within(key: str, section: str) -> bool:
 
 
 def build(schema: type[T], values: Any, origin: Origin, prefix: str = "") -> T:
-    """Build ``schema`` from a mapping.
+    """Build the dataclass ``schema`` from a mapping.
+
+    Args:
+        schema: a dataclass with type hints.
+        values: mapping of its fields; None is an empty section.
+        origin: for error messages.
+        prefix: dotted key of the section with a trailing dot, for error messages.
 
     Raises:
-        UserError: an unknown key, a missing one, or a value of another type; the message names
-            the key, where it was written, and what was expected.
+        UserError: if a key is unknown or missing, or a value has the wrong type.
     """
-    if values is None:  # a section that is named but left empty
+    if values is None:  # an empty section
         values = {}
     if not isinstance(values, Mapping):
-        raise UserError(_wrong(prefix.rstrip("."), "a section of `key: value`", values, origin))
+        raise UserError(
+            _type_message(prefix.rstrip("."), "a section of `key: value`", values, origin)
+        )
     fields = {f.name: f for f in dataclasses.fields(cast(Any, schema))}
     hints = get_type_hints(schema)
     for name in values:
         if name not in fields:
-            raise UserError(unknown_key(prefix, str(name), fields, origin))
+            raise UserError(_unknown_key_message(prefix, str(name), fields, origin))
     arguments = {n: _convert(v, hints[n], prefix + n, origin) for n, v in values.items()}
     for name, f in fields.items():
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if required and name not in arguments:
-            raise UserError(f"{prefix}{name} is missing ({origin.of(prefix.rstrip('.'))})")
+            raise UserError(f"{prefix}{name} is missing ({origin.describe(prefix.rstrip('.'))})")
     return schema(**arguments)
 
 
-def unknown_key(prefix: str, name: str, valid: Iterable[str], origin: Origin) -> str:
-    """The message for a key that does not exist, with the nearest one that does."""
+def _unknown_key_message(prefix: str, name: str, valid: Iterable[str], origin: Origin) -> str:
+    """Return the message for an unknown key, with the closest valid one."""
     valid = list(valid)
     near = difflib.get_close_matches(name, valid, n=1)
-    hint = f"Did you mean {prefix}{near[0]}?" if near else _elsewhere(name)
+    hint = f"Did you mean {prefix}{near[0]}?" if near else _hint_of_other_section(name)
     if not hint:
         hint = f"Valid here: {', '.join(valid)}."
-    return f"unknown key {prefix}{name} ({origin.of(prefix + name)}). {hint}"
+    return f"unknown key {prefix}{name} ({origin.describe(prefix + name)}). {hint}"
 
 
-def _elsewhere(name: str) -> str:
-    """A hint for a key that exists, but in another section."""
-    from rae_xla.config.run import RunConfig
-
+def _hint_of_other_section(name: str) -> str:
+    """Return a hint if the key exists in another section, else an empty string."""
     places = [k for k in key_types(RunConfig) if k.rsplit(".", 1)[-1] == name]
-    return f"There is {' and '.join(places)}." if places else ""
+    return f"Did you mean {' or '.join(places)}?" if places else ""
 
 
 def key_types(schema: Any, prefix: str = "") -> dict[str, Any]:
-    """Every dotted key of ``schema`` with its type as annotated (``Annotated`` kept)."""
+    """Return every dotted key of ``schema`` with its type, ``Annotated`` included."""
     keys: dict[str, Any] = {}
     for name, hint in get_type_hints(schema, include_extras=True).items():
         inner = section_of(hint)
@@ -91,7 +103,7 @@ def key_types(schema: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def section_of(hint: Any) -> type | None:
-    """The dataclass in a type such as ``Section``, ``Section | None`` or ``Annotated[…]``."""
+    """Return the dataclass in ``Section``, ``Section | None`` or ``Annotated[…]``, else None."""
     if dataclasses.is_dataclass(hint):
         return cast(type, hint)
     for inner in get_args(hint):
@@ -112,11 +124,11 @@ def _convert(value: Any, hint: Any, key: str, origin: Origin) -> Any:
     try:
         return _coerce(value, hint)
     except TypeError:
-        raise UserError(_wrong(key, expected(hint), value, origin)) from None
+        raise UserError(_type_message(key, describe_type(hint), value, origin)) from None
 
 
 def _coerce(value: Any, hint: Any) -> Any:
-    """``value`` as ``hint``; an int is a number, a list is a tuple. TypeError otherwise."""
+    """Convert ``value`` to ``hint`` (int to float, list to tuple), or raise ``TypeError``."""
     kind, inner = get_origin(hint), get_args(hint)
     if kind in (Union, types.UnionType):
         for option in inner:
@@ -148,26 +160,26 @@ def _coerce(value: Any, hint: Any) -> Any:
     raise TypeError
 
 
-_WORDS = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
+_TYPE_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
 
 
-def expected(hint: Any) -> str:
-    """A type in a reader's words: ``an integer or null``."""
+def describe_type(hint: Any) -> str:
+    """Return a readable name of a type, such as ``an integer or null``."""
     kind, inner = get_origin(hint), get_args(hint)
     if kind in (Union, types.UnionType):
-        options = [expected(h) for h in inner if h is not type(None)]
+        options = [describe_type(h) for h in inner if h is not type(None)]
         return " or ".join([*options, "null"] if type(None) in inner else options)
     if kind is Literal:
         return "one of " + ", ".join(str(v) for v in inner)
     if kind is tuple:
-        what = _WORDS[inner[0]].split(" ", 1)[-1] + "s"
-        return f"a list of {what}" if inner[-1] is Ellipsis else f"a list of {len(inner)} {what}"
+        names = _TYPE_NAMES[inner[0]].split(" ", 1)[-1] + "s"
+        return f"a list of {names}" if inner[-1] is Ellipsis else f"a list of {len(inner)} {names}"
     if kind is dict:
         return "a section of `key: value`"
-    return _WORDS[hint]
+    return _TYPE_NAMES[hint]
 
 
-def _wrong(key: str, wanted: str, got: Any, origin: Origin) -> str:
+def _type_message(key: str, wanted: str, got: Any, origin: Origin) -> str:
     kind = "null" if got is None else f"{got!r} ({type(got).__name__})"
-    quote = "; write it in quotes" if wanted.startswith("text") and got is not None else ""
-    return f"{key} ({origin.of(key)}): expected {wanted}, got {kind}{quote}"
+    quote = "; write it in quotes" if wanted.startswith("a string") and got is not None else ""
+    return f"{key} ({origin.describe(key)}): expected {wanted}, got {kind}{quote}"

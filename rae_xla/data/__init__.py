@@ -1,1 +1,1 @@
-"""Bytes to batches: storage, shards, order, decoding."""
+"""Training and evaluation data: shards, sampling order, transforms and batches."""

@@ -1,4 +1,4 @@
-"""The names of classes: read from a file that numbers them, or the numbers themselves."""
+"""Class names: read from a file, recorded in a results folder, and looked up."""
 
 from __future__ import annotations
 
@@ -9,33 +9,33 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rae_xla.data import storage
+from rae_xla import storage
 from rae_xla.errors import UserError
 
 CLASSES_FILE = "classes.json"
-"""In a results folder."""
+"""Name of the file in a results folder."""
 
-SHOWN = 20
-"""So many classes are named where none is like the one that is asked for."""
+MAX_LISTED = 20
+"""Up to this many classes, an error for an unknown class lists all of them."""
 
-MOST_CLASSES = 1 << 20
-"""A larger label is taken for a mistake rather than for so many classes."""
+MAX_CLASSES = 1 << 20
+"""A larger label is treated as a mistake."""
 
 
 def read_class_names(file: str) -> tuple[str, ...]:
-    """The names by label, from the file of ``--classes``.
+    """Read the class names, in the order of their labels, from a ``--classes`` file.
 
-    The file is a JSON object ``{"name": label}`` or array of names, or text of one class a line:
-    ``name label``, or just names in the order of their labels.
+    The file is a JSON object ``{"name": label}``, a JSON array of names, or text with one class per
+    line: ``name label``, or just the names in the order of their labels.
 
     Raises:
-        UserError: if there is no such file, it is something else, a name or a label stands there
-            twice, or the labels are not 0, 1, 2 … without a gap.
+        UserError: the file does not exist or has another format, a name or label is repeated, or
+            the labels are not 0, 1, 2 … without a gap.
     """
     try:
         text = storage.read_bytes(file).decode().strip()
     except (FileNotFoundError, IsADirectoryError, UnicodeDecodeError):
-        raise UserError(f"{file}: no such text file; --classes takes a list of classes") from None
+        raise UserError(f"{file}: no such text file; --classes needs a list of classes") from None
     if not text:
         raise UserError(f"{file}: the list of classes is empty")
     pairs = _json_pairs(file, text) if text[0] in "{[" else _text_pairs(file, text)
@@ -45,26 +45,30 @@ def read_class_names(file: str) -> tuple[str, ...]:
     ):
         twice = [str(value) for value, count in counts.items() if count > 1]
         if twice:
-            raise UserError(f"{file}: {what} {twice[0]} stands there twice")
+            raise UserError(f"{file}: {what} {twice[0]} appears twice")
     names = {label: name for name, label in pairs}
     missing = [label for label in range(len(names)) if label not in names]
     if missing:
         strays = sorted(label for label in names if not 0 <= label < len(names))
         raise UserError(
             f"{file}: {len(names)} classes must have the labels 0 to {len(names) - 1}; "
-            f"{_listed(missing)} missing, {_listed(strays)} too many"
+            f"missing: {_listed(missing)}; out of range: {_listed(strays)}"
         )
     return tuple(names[label] for label in range(len(names)))
 
 
 def names_for(largest: int, given: tuple[str, ...] | None, where: str) -> tuple[str, ...]:
-    """The names for labels up to ``largest``: those ``given``, or else their numbers.
+    """Return names for labels up to ``largest``: those ``given``, or otherwise their numbers.
+
+    Args:
+        largest: the largest label.
+        given: names by label, if known.
+        where: the origin of the labels, for error messages.
 
     Raises:
-        UserError: naming ``where`` the labels come from, if there are too few names or the label
-            can be none.
+        UserError: there are too few names, or the label is too large to be one.
     """
-    if largest >= MOST_CLASSES:
+    if largest >= MAX_CLASSES:
         raise UserError(f"{where}: a label is {largest}; labels are class numbers from 0")
     if given is None:
         return tuple(str(label) for label in range(largest + 1))
@@ -77,35 +81,36 @@ def names_for(largest: int, given: tuple[str, ...] | None, where: str) -> tuple[
 
 
 def record_class_names(folder: Path, names: Sequence[str]) -> None:
-    """Keep the names of a run's classes in its results folder, where they are more than numbers."""
+    """Write a run's class names to its results folder, unless they are just the numbers."""
     if list(names) != [str(label) for label in range(len(names))]:
         (folder / CLASSES_FILE).write_text(json.dumps(list(names)) + "\n", encoding="utf-8")
 
 
 def recorded_class_names(folder: Path) -> tuple[str, ...] | None:
-    """What ``record_class_names`` kept there."""
+    """Return the names that ``record_class_names`` wrote; None if it wrote none."""
     file = folder / CLASSES_FILE
     return tuple(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
 
 
 def imagenet_names() -> tuple[str, ...]:
-    """The 1,000 classes of ImageNet (ILSVRC 2012) in the order of their labels, in short English
-    words, as torchvision's classifiers have them.
+    """Return short English names of the 1,000 classes of ImageNet (ILSVRC 2012) by label.
+
+    Source: the metadata of torchvision's classifiers.
     """
     from torchvision.models import ResNet50_Weights
 
     return tuple(ResNet50_Weights.IMAGENET1K_V1.meta["categories"])
 
 
-def find_class(word: str, names: Sequence[str]) -> int:
-    """The label of a class by its name, or by words of it that no other class has.
+def find_class(query: str, names: Sequence[str]) -> int:
+    """Return the label of a class, given its name or words that only its name contains.
 
-    Upper and lower case count only where two names differ in nothing else.
+    Case matters only between names that differ in nothing else.
 
     Raises:
-        UserError: no class or several of them fit; the message says which come near.
+        UserError: no class matches, or several do; the message lists similar ones.
     """
-    wanted = word.strip()
+    wanted = query.strip()
     by_words = set(wanted.lower().split())
     tests = (
         lambda name: name == wanted,
@@ -124,8 +129,8 @@ def find_class(word: str, names: Sequence[str]) -> int:
     labels = list(dict.fromkeys(map(lower.index, near)))
     hint = "give its number, or names"
     if labels:
-        hint = f"near it: {_numbered(labels, names)}"
-    elif len(names) <= SHOWN:
+        hint = f"similar: {_numbered(labels, names)}"
+    elif len(names) <= MAX_LISTED:
         hint = f"there are {', '.join(names)}"
     raise UserError(f"there is no class {wanted!r}; {hint}")
 
@@ -137,7 +142,7 @@ def _numbered(labels: Sequence[int], names: Sequence[str]) -> str:
 
 def _json_pairs(file: str, text: str) -> list[tuple[str, int]]:
     try:
-        # Pairs, since a dictionary would lose a name that stands there twice.
+        # Pairs, because a dictionary would drop a repeated name.
         content: Any = json.loads(text, object_pairs_hook=list)
     except ValueError as error:
         raise UserError(f"{file}: not readable as JSON ({error})") from None
@@ -145,14 +150,14 @@ def _json_pairs(file: str, text: str) -> list[tuple[str, int]]:
         content = [(name, label) for label, name in enumerate(content)]
     for name, label in content:
         if not isinstance(name, str) or type(label) is not int:
-            raise UserError(f"{file}: {name!r}: {label!r} is no class name with its number")
+            raise UserError(f"{file}: {name!r}: {label!r} is not a class name with its label")
     return [(name, label) for name, label in content]
 
 
 def _text_pairs(file: str, text: str) -> list[tuple[str, int]]:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     split = [line.rsplit(None, 1) for line in lines]
-    numbered = [len(words) == 2 and words[1].isdecimal() for words in split]
+    numbered = [len(parts) == 2 and parts[1].isdecimal() for parts in split]
     if all(numbered):
         return [(name, int(label)) for name, label in split]
     if any(numbered):

@@ -1,7 +1,7 @@
-"""Make the rows of the next steps while the caller uses this one: in a thread, or in processes.
+"""Building the next batches in the background: in a thread, or in worker processes.
 
-Both keep ``ahead`` steps in the making beyond the one handed out, hand them out in order, and stop
-when the generator is closed. Like ``rows``, this module does without torch.
+Both keep ``ahead`` steps in progress beyond the one in use, return them in order, and stop when the
+generator is closed. Like ``batch_builder``, this module does not import torch.
 """
 
 from __future__ import annotations
@@ -21,26 +21,39 @@ from typing import Any
 
 import numpy as np
 
-from rae_xla.data.faults import BadSample
-from rae_xla.data.rows import Arrays, Made, Rows
+from rae_xla.data.bad_samples import BadSample
+from rae_xla.data.batch_builder import Arrays, BatchSpec, BuiltRows
 from rae_xla.errors import UserError
 
 ALIGNMENT = 64
 """Bytes: arrays in shared memory start at a cache line."""
 
+WORKER_DIED = (
+    "a data worker process died (killed for lack of memory?): resume with a smaller "
+    "data.num_workers or data.prefetch"
+)
+
 Layout = list[tuple[str, tuple[int, ...], str]]
 """Name, shape and dtype of the arrays of a batch."""
 
 
-def in_thread(
-    rows: Rows, steps: Iterator[int], first: int, last: int, ahead: int
-) -> Generator[Made, None, None]:
-    """Rows ``first:last`` of every step, made in one thread beside the caller's."""
-    maker = rows.open(first, last)
+def build_in_thread(
+    spec: BatchSpec, steps: Iterator[int], first: int, last: int, ahead: int
+) -> Generator[BuiltRows, None, None]:
+    """Yield rows ``first:last`` of every step, built in a thread.
+
+    Args:
+        spec: what the batches hold.
+        steps: the steps to build, in order.
+        first: first row.
+        last: row after the last.
+        ahead: number of steps to build ahead.
+    """
+    builder = spec.open(first, last)
     thread = ThreadPoolExecutor(1, "rae-xla-data")
 
-    def submit(count: int) -> Iterator[Future[Made]]:
-        return (thread.submit(maker.make, step) for step in islice(steps, count))
+    def submit(count: int) -> Iterator[Future[BuiltRows]]:
+        return (thread.submit(builder.build, step) for step in islice(steps, count))
 
     pending = deque(submit(max(1, ahead)))
     try:
@@ -49,37 +62,49 @@ def in_thread(
             pending.extend(submit(1))
             yield batch
     finally:
-        maker.close()
-        # Without waiting: the thread may be waiting for a bucket itself.
+        builder.close()
+        # Without waiting: the thread may itself be waiting for a bucket.
         thread.shutdown(wait=False, cancel_futures=True)
 
 
-def in_processes(
-    rows: Rows, steps: Iterator[int], first: int, last: int, ahead: int, workers: int
-) -> Generator[Made, None, None]:
-    """The same from ``workers`` processes; the arrays are valid until the next is asked for.
+def build_in_processes(
+    spec: BatchSpec, steps: Iterator[int], first: int, last: int, ahead: int, workers: int
+) -> Generator[BuiltRows, None, None]:
+    """Yield rows ``first:last`` of every step, built in worker processes.
 
-    Every worker makes its own share of the rows of every step, so that it reads from few streams,
-    and writes them where they belong in a batch in shared memory. No queue, lock or thread is
-    shared, so a worker can end, or be ended, at any moment.
+    Every worker builds a fixed share of the rows, so that it reads from few streams, and writes
+    them to their places in a batch in shared memory. Workers share no queue, lock or thread, so one
+    can end, or be killed, at any moment.
+
+    Args:
+        spec: what the batches hold.
+        steps: the steps to build, in order.
+        first: first row.
+        last: row after the last.
+        ahead: number of steps to build ahead.
+        workers: number of processes.
+
+    Yields:
+        The rows; their arrays are valid until the next step is requested.
 
     Raises:
-        UserError: what a worker raised, or that a worker died.
+        UserError: a worker raised one, or died.
     """
-    opening = next(steps, None)
-    if opening is None:
+    first_step = next(steps, None)
+    if first_step is None:
         return
-    # Made here, one row tells the layout of all, and a broken data set before a process starts.
-    with closing(rows.open(first, first + 1, look_ahead=0)) as maker:
-        row = maker.make(opening).arrays
+    # One row built here gives the layout of all, and reports a broken data set before any process
+    # starts.
+    with closing(spec.open(first, first + 1, look_ahead=0)) as builder:
+        row = builder.build(first_step).arrays
     layout: Layout = [(name, (last - first, *a.shape[1:]), a.dtype.str) for name, a in row.items()]
-    context = get_context("spawn")  # torch_xla cannot live in a forked process
-    # One for every batch in the making and one in use. Unlinked as soon as it is made, so that
-    # nothing is left behind however the run ends.
+    context = get_context("spawn")  # torch_xla does not work in a forked process
+    # A slot for every batch in progress and one for the batch in use. RawArray unlinks its file at
+    # once, so nothing is left behind however the run ends.
     ahead = max(1, ahead)
-    slots = [context.RawArray(c_uint8, _length(layout)) for _ in range(ahead + 1)]
+    slots = [context.RawArray(c_uint8, _num_bytes(layout)) for _ in range(ahead + 1)]
     views = [_views(slot, layout) for slot in slots]
-    free, pending, steps = deque(range(ahead + 1)), deque[int](), chain([opening], steps)
+    free, pending, steps = deque(range(ahead + 1)), deque[int](), chain([first_step], steps)
 
     workers = min(workers, last - first)
     cuts = [first + (last - first) * i // workers for i in range(workers + 1)]
@@ -95,10 +120,10 @@ def in_processes(
     try:
         for low, high in pairwise(cuts):
             ours, theirs = context.Pipe()
-            share = (rows, low, high, first, slots, layout)
-            process = context.Process(target=_work, args=(theirs, *share), daemon=True)
+            share = (spec, low, high, first, slots, layout)
+            process = context.Process(target=_worker, args=(theirs, *share), daemon=True)
             process.start()
-            theirs.close()  # else the end of the worker would not end the pipe
+            theirs.close()  # otherwise the pipe would stay open when the worker ends
             processes.append(process)
             pipes.append(ours)
         submit(ahead)
@@ -106,7 +131,7 @@ def in_processes(
             bad = [sample for pipe in pipes for sample in _receive(pipe)]
             slot = pending.popleft()
             submit(1)
-            yield Made(views[slot], bad)
+            yield BuiltRows(views[slot], bad)
             free.append(slot)
     finally:
         for process in processes:
@@ -117,14 +142,8 @@ def in_processes(
             pipe.close()
 
 
-WORKER_DIED = (
-    "a data worker process died (killed for lack of memory?): resume with a smaller "
-    "data.num_workers or data.prefetch"
-)
-
-
 def _send(pipe: Connection, task: tuple[int, int]) -> None:
-    """Ask a worker for its share of a step."""
+    """Send a slot and a step to a worker."""
     try:
         pipe.send(task)
     except (BrokenPipeError, ConnectionResetError):
@@ -132,7 +151,7 @@ def _send(pipe: Connection, task: tuple[int, int]) -> None:
 
 
 def _receive(pipe: Connection) -> list[BadSample]:
-    """Wait until a worker has done its share of the oldest step; what it had to replace there."""
+    """Wait for a worker's share of the oldest step; return the bad samples in it."""
     try:
         kind, content = pipe.recv()
     except (EOFError, ConnectionResetError):
@@ -145,42 +164,48 @@ def _receive(pipe: Connection) -> list[BadSample]:
     return bad
 
 
-def _work(
-    pipe: Connection, rows: Rows, low: int, high: int, first: int, slots: list[Any], layout: Layout
+def _worker(
+    pipe: Connection,
+    spec: BatchSpec,
+    low: int,
+    high: int,
+    first: int,
+    slots: list[Any],
+    layout: Layout,
 ) -> None:
-    """The life of a worker: rows ``low:high`` of each step asked for, until the pipe ends."""
-    # Ctrl-C reaches the whole process group; the main process decides what becomes of it.
+    """Run a worker: build rows ``low:high`` of each requested step until the pipe is closed."""
+    # Ctrl-C reaches the whole process group, but only the main process may react to it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     views = [_views(slot, layout) for slot in slots]
-    maker = rows.open(low, high)
+    builder = spec.open(low, high)
     while True:
         try:
             slot, step = pipe.recv()
         except (EOFError, ConnectionResetError):
-            break  # the main process is gone
-        answer: tuple[str, Any]
+            break  # the main process has ended
+        reply: tuple[str, Any]
         try:
-            made = maker.make(step)
-            for name, part in made.arrays.items():
+            built = builder.build(step)
+            for name, part in built.arrays.items():
                 views[slot][name][low - first : high - first] = part
-            answer = ("done", made.bad)
+            reply = ("done", built.bad)
         except UserError as error:
-            answer = ("user error", str(error))
+            reply = ("user error", str(error))
         except Exception:
-            answer = ("bug", traceback.format_exc())
+            reply = ("bug", traceback.format_exc())
         try:
-            pipe.send(answer)
+            pipe.send(reply)
         except (BrokenPipeError, ConnectionResetError):
             break
-    maker.close()
+    builder.close()
 
 
-def _length(layout: Layout) -> int:
+def _num_bytes(layout: Layout) -> int:
     return sum(_padded_bytes(shape, dtype) for _, shape, dtype in layout)
 
 
 def _views(memory: Any, layout: Layout) -> Arrays:
-    """The arrays of ``layout``, one after another in ``memory``."""
+    """Return arrays of this layout, one after another in ``memory``."""
     arrays, offset = {}, 0
     for name, shape, dtype in layout:
         count = int(np.prod(shape))

@@ -1,12 +1,13 @@
-"""From a decoded picture to the square of bytes a model is fed.
+"""Image formats, decoding errors, and the transforms from an image to a model's input.
 
-Nothing here draws a random number: crops take their uniforms as arguments (see ``counter``), so a
-sample is cut the same way wherever and whenever it is loaded.
+The transforms do not generate random numbers: crops take uniforms as arguments (see
+``counter_rng``), so a sample is cropped the same way wherever and whenever it is loaded.
 """
 
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -17,19 +18,32 @@ from PIL import Image
 
 from rae_xla.errors import UserError
 
+IMAGE_EXTENSIONS = ("bmp", "gif", "jpeg", "jpg", "png", "tif", "tiff", "webp")
+"""Extensions (lower case) of files, and of members of a shard, that are images."""
+
+DECODE_ERRORS = (
+    EOFError,
+    OSError,
+    SyntaxError,
+    ValueError,
+    struct.error,
+    Image.DecompressionBombError,
+)
+"""What Pillow raises for bytes that are not a valid image."""
+
 Pixels = NDArray[np.uint8]
 Transform = Callable[[Image.Image, Sequence[float]], Pixels]
-"""(picture, two uniforms in [0, 1)) -> bytes (H, W, 3), the same H and W for every picture."""
+"""(image, two uniforms in [0, 1)) -> uint8 (H, W, 3), with the same H and W for every image."""
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Three channels of eight bits: grey is repeated, CMYK converted, transparency dropped.
+    """Convert to RGB with 8 bits per channel: repeat grey, convert CMYK, drop transparency.
 
     Raises:
-        ValueError: the pixels are no integers of up to 16 bits.
+        ValueError: the pixels are not integers of up to 16 bits.
     """
     if image.mode == "F":
-        raise ValueError("its pixels are floating-point numbers, whose range nobody knows")
+        raise ValueError("its pixels are floating-point numbers of unknown range")
     if image.mode.startswith("I"):
         # Pillow would clip 16-bit greys at 255 instead of scaling them.
         values = np.asarray(image).astype(np.int64)
@@ -41,90 +55,90 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def resize_short_side(image: Image.Image, size: int) -> Image.Image:
-    """Scale the shorter side to ``size`` the ADM way: halve with a box filter, then bicubic.
+    """Resize the shorter side to ``size`` as ADM does: halve with a box filter, then bicubic.
 
     Source: the evaluation preprocessing of Dhariwal and Nichol, "Diffusion models beat GANs"
-    (2021), which published FID numbers on ImageNet rest on.
+    (2021), which published FID values on ImageNet use.
     """
-    image = _halved(image, size)
-    return image.resize(_rounded_to(image, size), Image.Resampling.BICUBIC)
+    image = _halve(image, size)
+    return image.resize(_adm_size(image, size), Image.Resampling.BICUBIC)
 
 
 def center_crop(image: Image.Image, size: int) -> Pixels:
-    """The ADM centre crop: shorter side to ``size``, then the middle square.
-
-    Returns:
-        Bytes (size, size, 3).
-    """
+    """Return ADM's centre crop, uint8 (size, size, 3): resize the shorter side, crop the middle."""
     image = resize_short_side(to_rgb(image), size)
-    return _cut(image, (image.width - size) // 2, (image.height - size) // 2, size)
+    return _crop(image, (image.width - size) // 2, (image.height - size) // 2, size)
 
 
 def resize_random_crop(image: Image.Image, size: int, u: Sequence[float]) -> Pixels:
-    """Shorter side to 1.5 x ``size`` (384 for 256) by bicubic, then a square anywhere in it.
+    """Resize the shorter side to 1.5 x ``size`` (384 for 256, bicubic), then crop at random.
 
     Source: the first-stage recipe of RAE (Zheng et al. 2025).
 
     Args:
-        image: any picture.
-        size: pixels of the square.
-        u: two uniforms in [0, 1), where the square lies across and down.
+        image: any image.
+        size: side of the crop in pixels.
+        u: two uniforms in [0, 1): horizontal and vertical position of the crop.
 
     Returns:
-        Bytes (size, size, 3).
+        uint8 (size, size, 3).
     """
     image = to_rgb(image)
-    target = _scaled_to(image, size * 3 // 2)
+    target = _torchvision_size(image, size * 3 // 2)
     if target != image.size:
         image = image.resize(target, Image.Resampling.BICUBIC)
-    return _cut(image, *_anywhere(target, size, u), size)
+    return _crop(image, *_random_position(target, size, u), size)
 
 
 def fast_center_crop(image: Image.Image, size: int) -> Pixels:
-    """``center_crop`` that resizes only what it keeps: some pixels differ by 1 of 255."""
-    image = _halved(to_rgb(image), size)
-    target = _rounded_to(image, size)
-    return _resized_part(image, target, (target[0] - size) // 2, (target[1] - size) // 2, size)
+    """Like ``center_crop``, but resize only what is kept; some pixels differ by 1 of 255."""
+    image = _halve(to_rgb(image), size)
+    target = _adm_size(image, size)
+    return _resize_part(image, target, (target[0] - size) // 2, (target[1] - size) // 2, size)
 
 
 def fast_resize_random_crop(image: Image.Image, size: int, u: Sequence[float]) -> Pixels:
-    """``resize_random_crop`` that resizes only what it keeps: some pixels differ by 1 of 255."""
+    """Like ``resize_random_crop``, but resize only what is kept; some pixels differ by 1 of 255."""
     image = to_rgb(image)
-    target = _scaled_to(image, size * 3 // 2)
-    return _resized_part(image, target, *_anywhere(target, size, u), size)
+    target = _torchvision_size(image, size * 3 // 2)
+    return _resize_part(image, target, *_random_position(target, size, u), size)
 
 
 def flip(pixels: Pixels) -> Pixels:
-    """Left and right exchanged, of (H, W, C)."""
+    """Flip an array (H, W, C) horizontally."""
     return pixels[:, ::-1]
 
 
 @dataclass(frozen=True)
 class CenterCrop:
-    """``center_crop``, or the fast one, as a transform for the stream; it draws nothing."""
+    """``center_crop``, or its fast version, as a ``Transform``; the uniforms are ignored."""
 
     size: int
     fast: bool = False
 
     def __call__(self, image: Image.Image, u: Sequence[float]) -> Pixels:
-        """Bytes (size, size, 3)."""
+        """Return the crop, uint8 (size, size, 3)."""
         return (fast_center_crop if self.fast else center_crop)(image, self.size)
 
 
 @dataclass(frozen=True)
 class ResizeRandomCrop:
-    """``resize_random_crop``, or the fast one, as a transform for the stream."""
+    """``resize_random_crop``, or its fast version, as a ``Transform``."""
 
     size: int
     fast: bool = False
 
     def __call__(self, image: Image.Image, u: Sequence[float]) -> Pixels:
-        """Bytes (size, size, 3)."""
+        """Return the crop, uint8 (size, size, 3)."""
         return (fast_resize_random_crop if self.fast else resize_random_crop)(image, self.size, u)
 
 
 def make_transform(crop: Literal["center", "random"], size: int) -> Transform:
-    """The transform that the setting ``data.crop`` names, at ``data.image_size``."""
+    """Return the training transform for ``data.crop`` and ``data.image_size``.
+
+    Raises:
+        UserError: a value is invalid.
+    """
     if size < 1:
         raise UserError(f"data.image_size is {size}; it must be at least 1")
     if crop == "center":
@@ -134,47 +148,47 @@ def make_transform(crop: Literal["center", "random"], size: int) -> Transform:
     raise UserError(f"data.crop is {crop!r}; it must be 'center' or 'random'")
 
 
-def _halved(image: Image.Image, size: int) -> Image.Image:
-    """Halved until the shorter side is below twice ``size``."""
+def _halve(image: Image.Image, size: int) -> Image.Image:
+    """Halve the image until its shorter side is below twice ``size``."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     return image
 
 
-def _rounded_to(image: Image.Image, short: int) -> tuple[int, int]:
-    """Width and height with a shorter side of ``short``, as ADM rounds them."""
+def _adm_size(image: Image.Image, short: int) -> tuple[int, int]:
+    """Return width and height for a shorter side of ``short``, rounded as ADM does."""
     scale = short / min(image.size)
     return round(image.width * scale), round(image.height * scale)
 
 
-def _scaled_to(image: Image.Image, short: int) -> tuple[int, int]:
-    """Width and height with a shorter side of ``short``, as torchvision rounds them."""
+def _torchvision_size(image: Image.Image, short: int) -> tuple[int, int]:
+    """Return width and height for a shorter side of ``short``, rounded as torchvision does."""
     shorter = min(image.size)
     return short * image.width // shorter, short * image.height // shorter
 
 
-def _anywhere(target: tuple[int, int], size: int, u: Sequence[float]) -> tuple[int, int]:
-    """Left and top of a square in a picture of ``target`` width and height."""
+def _random_position(target: tuple[int, int], size: int, u: Sequence[float]) -> tuple[int, int]:
+    """Return left and top of a random square in an image of ``target`` width and height."""
     return (
         math.floor(u[0] * (target[0] - size + 1)),
         math.floor(u[1] * (target[1] - size + 1)),
     )
 
 
-def _cut(image: Image.Image, left: int, top: int, size: int) -> Pixels:
+def _crop(image: Image.Image, left: int, top: int, size: int) -> Pixels:
     return np.asarray(image.crop((left, top, left + size, top + size)))
 
 
-def _resized_part(
+def _resize_part(
     image: Image.Image, target: tuple[int, int], left: int, top: int, size: int
 ) -> Pixels:
-    """A square of the picture resized to ``target``, without the rest of it."""
+    """Return a square of the image resized to ``target``, without computing the rest."""
     if target == image.size:
-        return _cut(image, left, top, size)
+        return _crop(image, left, top, size)
     across, down = image.width / target[0], image.height / target[1]
-    # Pillow resizes a whole picture across and then down, rounding to 8 bits between the two; of a
-    # part it may go the other way round, where that is less work. So: one after the other.
-    reach = 2 * max(down, 1) + 1  # rows of the original that a bicubic row looks at, and one more
+    # Pillow resizes an image horizontally and then vertically, rounding to 8 bits in between. For a
+    # part of it, it may choose the other order if that is less work. So both steps are explicit.
+    reach = 2 * max(down, 1) + 1  # rows of the original that a bicubic row depends on, plus one
     first = max(0, math.floor(top * down - reach))
     last = min(image.height, math.ceil((top + size) * down + reach))
     if (first, last) != (0, image.height):

@@ -1,1 +1,1 @@
-"""Measuring what a model makes, and the latents it makes it from."""
+"""Evaluation: metrics of generated images, of reconstructions, and of latents."""

@@ -1,8 +1,9 @@
-"""Rows to the devices in chunks of one shape.
+"""Chunks: batches of constant size that every evaluation network works on.
 
-A matrix product rounds differently for another number of rows, and one 8-bit pixel that is rounded
-the other way moves every metric. So whatever a user asks for, each device always works on ``CHUNK``
-rows: results do not depend on batch size or device count, and nothing is compiled twice.
+A matrix product of another number of rows may round differently, and a single 8-bit pixel that
+differs changes every metric. Each device therefore always works on ``CHUNK`` rows, whatever batch
+size a user requests: metrics depend neither on the batch size nor on the number of devices, and
+nothing is compiled twice.
 """
 
 from __future__ import annotations
@@ -15,36 +16,36 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rae_xla.runtime import Runtime
-from rae_xla.sample.pictures import pad_rows
+from rae_xla.runtime import Backend
+from rae_xla.sample.rows import pad_rows
 
 CHUNK = 8
+"""Rows of a chunk on each device."""
 
 
-def chunk_rows(runtime: Runtime) -> int:
-    """Rows of a chunk over all devices."""
-    return CHUNK * runtime.mesh.batch_parts
+def chunk_rows(backend: Backend) -> int:
+    """Return the rows of a chunk over all devices."""
+    return CHUNK * backend.mesh.batch_shards
 
 
-def own_rows(runtime: Runtime) -> slice:
-    """The rows of a chunk that this process feeds."""
-    rows = chunk_rows(runtime) // runtime.process_count
-    return slice(runtime.process_index * rows, (runtime.process_index + 1) * rows)
+def local_rows(backend: Backend) -> slice:
+    """Return the rows of a chunk that this process feeds."""
+    rows = chunk_rows(backend) // backend.process_count
+    return slice(backend.process_index * rows, (backend.process_index + 1) * rows)
 
 
 def on_devices(
-    runtime: Runtime, parts: Iterable[NDArray[Any]]
+    backend: Backend, parts: Iterable[NDArray[Any]]
 ) -> Iterator[tuple[NDArray[Any], Tensor]]:
-    """Put rows on the devices, part by part.
+    """Move arrays to the devices, one chunk at a time.
 
     Args:
-        runtime: where they go.
-        parts: at most ``chunk_rows`` rows each, the same on every process.
+        backend: where they go.
+        parts: arrays of at most ``chunk_rows`` rows, the same on every process.
 
     Yields:
-        The part itself, and a whole chunk of it on the devices; rows beyond the part repeat its
-        last.
+        Each part, and a chunk on the devices that contains it; the part's last row pads it.
     """
     for part in parts:
-        rows = pad_rows(torch.from_numpy(np.array(part)), chunk_rows(runtime))
-        yield part, runtime.put({"rows": rows[own_rows(runtime)].contiguous()})["rows"]
+        rows = pad_rows(torch.from_numpy(np.array(part)), chunk_rows(backend))
+        yield part, backend.shard_batch({"rows": rows[local_rows(backend)].contiguous()})["rows"]

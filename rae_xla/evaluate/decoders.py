@@ -1,4 +1,4 @@
-"""The same sampled latents through several decoders: gFID of each, and how far they differ."""
+"""Comparison of decoders: gFID of the same latents through several decoders, and mutual PSNR."""
 
 from __future__ import annotations
 
@@ -13,50 +13,65 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from rae_xla.checkpoint.tensors import open_weights
 from rae_xla.errors import UserError
 from rae_xla.evaluate.chunks import chunk_rows, on_devices
+from rae_xla.evaluate.feature_networks import FeatureNetwork
 from rae_xla.evaluate.frechet import MomentStream, frechet_distance
 from rae_xla.evaluate.image_metrics import psnr
-from rae_xla.evaluate.inception import FeatureNetwork
-from rae_xla.evaluate.reference import Reference
-from rae_xla.interop.checkpoint_tensors import open_weights
+from rae_xla.evaluate.references import Reference
 from rae_xla.models.rae import RAE
 from rae_xla.models.weights import load_strict
 from rae_xla.progress import progress_bar
-from rae_xla.runtime import Batch, Runtime
-from rae_xla.sample.pictures import Pixels, to_grid, to_pixels
+from rae_xla.runtime import Backend, Batch
+from rae_xla.sample.images import Pixels, to_grid, to_pixels
 from rae_xla.sample.reconstruct import with_decoder
+from rae_xla.sample.sampler import Latents
 
-Latents = NDArray[np.float32]
-SHOWN = 10
+GRID_COLUMNS = 10
+"""Latents that the grid shows, from the first."""
 
 
 @dataclass(frozen=True)
 class DecoderResult:
-    """One decoder's figures."""
+    """Metrics of one decoder.
+
+    Attributes:
+        name: name in the table.
+        path: its weight file.
+        fid: gFID against the reference; None if it was not requested.
+        psnr_to_first: mean PSNR in dB of its images against those of the first decoder; 100 for
+            equal images.
+    """
 
     name: str
     path: str
     fid: float | None
-    """gFID against the reference; None where it was not asked for."""
     psnr_to_first: float
-    """Mean PSNR in dB of its pictures against the first decoder's; 100 for equal ones."""
 
 
 @dataclass(frozen=True)
 class DecoderReport:
-    """What was decoded, by what, against what."""
+    """Comparison of several decoders.
+
+    Attributes:
+        results: one per decoder, in the order given.
+        num_images: number of latents.
+        image_size: side of an image, in pixels.
+        reference: what gFID compared with; None if it was not requested.
+        grid: (H, W, 3) images of the first latents, a row per decoder.
+        warnings: what limits the interpretation of the metrics.
+    """
 
     results: tuple[DecoderResult, ...]
     num_images: int
     image_size: int
     reference: Reference | None
     grid: Pixels
-    """The first latents, a row per decoder."""
     warnings: tuple[str, ...] = ()
 
     def describe(self) -> dict[str, Any]:
-        """For a JSON file."""
+        """Return the content of a JSON report."""
         return {
             "decoders": [vars(result) for result in self.results],
             "num_images": self.num_images,
@@ -67,15 +82,22 @@ class DecoderReport:
 
 
 def open_latents(path: Path, rae: RAE) -> Latents:
-    """The latents that ``rae-xla sample --keep-latents`` wrote, read as they are needed.
+    """Open the latents that ``rae-xla sample --keep-latents`` wrote, memory-mapped.
+
+    Args:
+        path: the ``.npy`` file.
+        rae: the autoencoder whose latents they must be.
+
+    Returns:
+        (N, C, h, w) float32.
 
     Raises:
-        UserError: no such file, another shape than the autoencoder's, or rows that are missing.
+        UserError: if the file is missing, its shape does not match, or rows are missing.
     """
     if not path.is_file():
         raise UserError(
             f"--latents {path}: there is no such file; `rae-xla sample ... --keep-latents` writes "
-            "latents.npy beside its pictures"
+            "latents.npy next to its images"
         )
     try:
         latents: Latents = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -87,48 +109,56 @@ def open_latents(path: Path, rae: RAE) -> Latents:
     if latents.dtype != np.float32 or latents.shape != shape or not len(latents):
         raise UserError(
             f"--latents {path}: {latents.dtype} {latents.shape}; this autoencoder decodes float32 "
-            f"(N, {', '.join(map(str, rae.latent_size))}): take the configuration they were "
+            f"(N, {', '.join(map(str, rae.latent_size))}): give the configuration that the set was "
             "sampled with"
         )
     for row in range(len(latents)):
-        if not latents[row, 0].any():  # one channel tells, and a set may have 40 GB
+        # One channel is enough to recognise a row of zeros; a set may have 40 GB.
+        if not latents[row, 0].any():
             raise UserError(
-                f"--latents {path}: row {row} of {len(latents)} was never written; give the same "
-                "`rae-xla sample` command again, and it draws what is missing"
+                f"--latents {path}: row {row} of {len(latents)} was never written; repeat the "
+                "`rae-xla sample` command, which generates what is missing"
             )
     return latents
 
 
 def load_decoders(rae: RAE, paths: Sequence[str]) -> dict[str, nn.Module]:
-    """Decoders from bare weight files, on the host, by a name each: the file's, or its whole path
-    where two files have the same.
+    """Load decoders from weight files, on the host.
+
+    Args:
+        rae: an autoencoder whose decoder has the same architecture.
+        paths: weight files of decoders alone.
+
+    Returns:
+        The decoders by name: the file's stem, or its path if two files have the same stem.
 
     Raises:
-        UserError: a file that is missing or no bare decoder of this architecture.
+        UserError: if a file is missing or is not a decoder of this architecture.
     """
     stems = [Path(path).stem for path in paths]
-    alike = len(set(stems)) < len(stems)
-    found: dict[str, nn.Module] = {}
+    ambiguous = len(set(stems)) < len(stems)
+    decoders: dict[str, nn.Module] = {}
     for path, stem in zip(paths, stems, strict=True):
         state = open_weights(path, "--decoders")
         bare = isinstance(state, dict) and all(isinstance(v, Tensor) for v in state.values())
         if not bare or any(str(key).startswith("decoder.") for key in state):
             raise UserError(
-                f"--decoders: {path} is a checkpoint or a whole autoencoder, not a decoder alone; "
-                f"`rae-xla export decoder --ckpt {path} --out decoder.pt` takes the decoder out"
+                f"--decoders: {path} is a checkpoint or a complete autoencoder, not a decoder; "
+                f"`rae-xla checkpoints export {path} --what decoder --out decoder.pt` extracts the "
+                "decoder"
             )
         decoder = copy.deepcopy(rae.decoder)
         load_strict(decoder, state, f"--decoders: {path}")
-        name = str(path) if alike else stem
-        if name in found:
+        name = str(path) if ambiguous else stem
+        if name in decoders:
             raise UserError(f"--decoders: {path} is given twice")
-        found[name] = decoder.requires_grad_(False)
-    return found
+        decoders[name] = decoder.requires_grad_(False)
+    return decoders
 
 
 def compare_decoders(
     rae: RAE,
-    runtime: Runtime,
+    backend: Backend,
     latents: Latents,
     decoders: Mapping[str, nn.Module],
     paths: Sequence[str],
@@ -136,52 +166,52 @@ def compare_decoders(
     features: FeatureNetwork | None,
     reference: Reference | None,
 ) -> DecoderReport:
-    """Decode every latent with every decoder and compare what comes out.
+    """Decode latents with several decoders and compare the images.
 
-    Pixels are cut off to 8 bits, as in the sample sets the latents come from.
+    Pixels are truncated to 8 bits, as in the sample sets that the latents come from.
 
     Args:
-        rae: placed; its latent statistics are used, its own decoder is not.
-        runtime: where it is.
+        rae: the autoencoder, placed; its latent statistics are used, its decoder is not.
+        backend: where it is placed.
         latents: (N, C, h, w) float32, normalised, as ``RAE.decode`` takes them.
-        decoders: placed, by name; all of them are on the devices at once.
-        paths: their files, for the report.
-        features: for gFID; None without it.
-        reference: what gFID compares with.
+        decoders: decoders by name, placed; all are on the devices at the same time.
+        paths: weight files of the decoders, for the report.
+        features: the Inception network for gFID; None without gFID.
+        reference: what gFID compares with; None without gFID.
     """
     names = list(decoders)
-    decode = {n: _decoding(with_decoder(rae, d), runtime) for n, d in decoders.items()}
+    decode = {n: _decode_function(with_decoder(rae, d), backend) for n, d in decoders.items()}
     moments = {name: MomentStream() for name in names}
     ratios: dict[str, list[NDArray[np.float64]]] = {name: [] for name in names}
     shown: dict[str, list[Pixels]] = {name: [] for name in names}
-    rows = chunk_rows(runtime)
+    rows = chunk_rows(backend)
     parts = (latents[start : start + rows] for start in range(0, len(latents), rows))
     total = -(-len(latents) // rows)
-    quiet = runtime.process_index != 0
+    quiet = backend.process_index != 0
     seen = 0
-    chunks = on_devices(runtime, parts)
+    chunks = on_devices(backend, parts)
     for part, chunk in progress_bar(chunks, total=total, unit="chunk", disable=quiet):
-        made = {name: decode[name](chunk) for name in names}
-        results: dict[str, Batch] = {name: {"pixels": made[name]} for name in names}
+        images = {name: decode[name](chunk) for name in names}
+        outputs: dict[str, Batch] = {name: {"pixels": images[name]} for name in names}
         if features is not None:
             for name in names:
-                results[name]["features"] = features(made[name])
-        fetched = {name: runtime.to_host(results[name]) for name in names}
+                outputs[name]["features"] = features(images[name])
+        fetched = {name: backend.to_host(outputs[name]) for name in names}
         first = fetched[names[0]]["pixels"][: len(part)].numpy()
         for name in names:
             pixels = fetched[name]["pixels"][: len(part)].numpy()
             ratios[name].append(psnr(first, pixels))
             if features is not None:
                 moments[name].add(fetched[name]["features"][: len(part)])
-            shown[name] += list(pixels[: max(0, SHOWN - seen)])
+            shown[name] += list(pixels[: max(0, GRID_COLUMNS - seen)])
         seen += len(part)
     fids: dict[str, float | None] = dict.fromkeys(names)
     warning = None
     if features is not None and reference is not None:
         assert reference.gaussian is not None
         for name in names:
-            ours = moments[name].moments().gaussian("the decoded latents")
-            fids[name] = frechet_distance(ours, reference.gaussian)
+            gaussian = moments[name].moments().gaussian("the decoded latents")
+            fids[name] = frechet_distance(gaussian, reference.gaussian)
         warning = reference.warning(len(latents))
     return DecoderReport(
         results=tuple(
@@ -196,16 +226,18 @@ def compare_decoders(
     )
 
 
-def _decoding(rae: RAE, runtime: Runtime) -> Callable[[Tensor], Tensor]:
-    @runtime.compile
+def _decode_function(rae: RAE, backend: Backend) -> Callable[[Tensor], Tensor]:
+    """Return a compiled function: latents (B, C, h, w) to images (B, 3, H, W) uint8."""
+
+    @backend.compile
     def decode(latents: Tensor) -> Tensor:
-        with torch.no_grad(), runtime.autocast():
+        with torch.no_grad(), backend.autocast():
             return to_pixels(rae.decode(latents)).permute(0, 3, 1, 2).contiguous()
 
     return decode
 
 
 def _grid(shown: Mapping[str, list[Pixels]]) -> Pixels:
-    pictures = [picture.transpose(1, 2, 0) for row in shown.values() for picture in row]
+    images = [image.transpose(1, 2, 0) for row in shown.values() for image in row]
     columns = len(next(iter(shown.values())))
-    return to_grid(np.stack(pictures), columns, captions=list(shown))
+    return to_grid(np.stack(images), columns, captions=list(shown))

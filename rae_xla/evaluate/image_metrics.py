@@ -1,7 +1,7 @@
-"""How much two pictures differ, picture by picture, from their 8-bit pixels.
+"""PSNR and SSIM between pairs of images, from their 8-bit pixels.
 
-Computed on the host: sums of integers are exact there, and SSIM subtracts nearly equal numbers,
-which the reduced precision of an accelerator's convolutions (TF32, bfloat16) would not survive.
+They are computed on the host: integer sums are exact there, and SSIM subtracts nearly equal
+numbers, which the reduced precision of an accelerator's convolutions (TF32, bfloat16) would spoil.
 """
 
 from __future__ import annotations
@@ -10,16 +10,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rae_xla.sample.pictures import Pixels
+from rae_xla.sample.images import Pixels
 
 Values = NDArray[np.float64]
+"""(B,): one value per image."""
 
-# The smallest mean squared error that counts: equal pictures have 100 dB, as in the reference.
+# Lower bound of the mean squared error: equal images have 100 dB, as in the reference code.
 MSE_FLOOR = 1e-10
 
 
 def psnr(first: Pixels, second: Pixels) -> Values:
-    """Peak signal-to-noise ratio (B,) in dB of pictures (B, ...) uint8; 100 for equal ones."""
+    """Return the peak signal-to-noise ratio (B,) in dB of images (B, ...); 100 for equal images."""
     difference = first.astype(np.int64) - second.astype(np.int64)
     axes = tuple(range(1, difference.ndim))
     squares = np.square(difference).sum(axis=axes)
@@ -28,15 +29,15 @@ def psnr(first: Pixels, second: Pixels) -> Values:
 
 
 def ssim(first: Pixels, second: Pixels) -> Values:
-    """Structural similarity (B,) of pictures (B, 3, H, W) uint8 (Wang et al. 2004).
+    """Return the structural similarity (B,) of images (B, 3, H, W) (Wang et al. 2004).
 
-    torchmetrics' with its Gaussian window (11 x 11, sigma 1.5), each picture by itself, so that
-    no result depends on the pictures beside it.
+    This is torchmetrics' SSIM with its Gaussian window (11 x 11, sigma 1.5). Images are computed
+    one by one, so that no value depends on the other images of the batch.
     """
     from torchmetrics.functional.image import structural_similarity_index_measure
 
-    def unit(picture: Pixels) -> torch.Tensor:
-        return torch.from_numpy(picture[None]).float() / 255
+    def unit(image: Pixels) -> torch.Tensor:
+        return torch.from_numpy(image[None]).float() / 255
 
     return np.array(
         [

@@ -1,4 +1,4 @@
-"""Features of pictures by the Inception network that published figures rest on."""
+"""Inception: the feature network of published FID, sFID and Inception Score."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from rae_xla.errors import UserError
+from rae_xla.evaluate.feature_networks import FeatureModule
 from rae_xla.models.weights import read_torch_file
-from rae_xla.runtime import Batch, Runtime
 
 if TYPE_CHECKING:
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
@@ -20,100 +20,101 @@ SPATIAL_CHANNELS = 7
 SPATIAL_FEATURES = SPATIAL_CHANNELS * 17 * 17
 CLASSES = 1008
 SIDE = 299
-LAST_SPATIAL = "Mixed_6d"
+LAST_SPATIAL_BLOCK = "Mixed_6d"
 """TensorFlow's ``mixed_6``, by the table torch-fidelity converted the weights with."""
-WITHOUT = "--metrics psnr ssim lpips"
-
-
-class FeatureModule(nn.Module):
-    """Makes named features (B, D), float32, of pictures (B, 3, H, W) uint8."""
-
-    source: str
-    """Where the weights come from, for reports."""
 
 
 class Inception(FeatureModule):
-    """``inception-v3-compat`` of torch-fidelity: the TensorFlow network of 2015, ported.
+    """``inception-v3-compat`` of torch-fidelity, a port of the TensorFlow network of 2015.
 
-    The layers are torch-fidelity's own. Only the resize before them is ours: matrix products in the
-    place of indexing, with the same result to the last bit.
+    The layers are torch-fidelity's. Only the resize is ours: it uses matrix products instead of
+    indexing, with bit-identical results.
+
+    Args:
+        extractor: torch-fidelity's network with its weights.
+        source: where the weights come from, for reports.
     """
 
     def __init__(self, extractor: FeatureExtractorInceptionV3, source: str) -> None:
         super().__init__()
-        # torch-fidelity declares its layers in the order they are applied
+        # torch-fidelity declares its layers in the order in which it applies them
         layers = dict(extractor.named_children())
         self.classes = nn.Linear(FEATURES, CLASSES, bias=False)
         self.classes.weight = layers.pop("fc").weight
         names = list(layers)
-        after = names.index(LAST_SPATIAL) + 1
+        after = names.index(LAST_SPATIAL_BLOCK) + 1
         self.spatial = nn.Sequential(*(layers[name] for name in names[:after]))
         self.pool = nn.Sequential(*(layers[name] for name in names[after:]))
         self.source = source
 
     def forward(self, pixels: Tensor) -> dict[str, Tensor]:
-        """Features, float32, of pictures (B, 3, H, W) uint8.
+        """Compute features of images.
+
+        Args:
+            pixels: (B, 3, H, W) uint8.
 
         Returns:
-            ``pool`` (B, 2048), what FID, precision and recall compare; ``spatial`` (B, 2023), what
-            sFID does: the first 7 channels of the map TensorFlow calls ``mixed_6/conv``, 17 x 17,
-            channels last as in the moments of the ADM suite (Nash et al. 2021); ``logits``
-            (B, 1008), what the Inception Score is of: without their bias, as torch-fidelity and the
-            ADM suite have it.
+            float32 features by name. ``pool`` (B, 2048), for FID, precision and recall.
+            ``spatial`` (B, 2023), for sFID: the first 7 channels of the 17 x 17 map that
+            TensorFlow calls ``mixed_6/conv``, channels last as in the moments of the ADM suite
+            (Nash et al. 2021). ``logits`` (B, 1008), for the Inception Score: without their bias,
+            as in torch-fidelity and the ADM suite.
         """
         images = resize_like_tensorflow1(pixels.float(), SIDE)
         maps = self.spatial((images - 128) / 128)
         pool = self.pool(maps).flatten(1)
-        # the block's output begins with that of its 1 x 1 convolution, mixed_6/conv
+        # the first channels of the block's output are those of its 1 x 1 convolution, mixed_6/conv
         spatial = maps[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
         return {"pool": pool, "spatial": spatial, "logits": self.classes(pool)}
 
 
 def resize_like_tensorflow1(images: Tensor, size: int) -> Tensor:
-    """Resize (..., H, W) to (..., size, size) as TensorFlow 1 did: bilinear, corners not aligned
-    and pixel centres not either.
+    """Resize (..., H, W) to (..., size, size) as TensorFlow 1 did.
 
-    Equal, bit by bit on the CPU, to torch-fidelity's
-    ``interpolate_bilinear_2d_like_tensorflow1x(align_corners=False)``, which picks pixels by index;
-    here products with matrices of ones and zeros pick them.
+    Bilinear, with neither corners nor pixel centres aligned. On the CPU the result is bit-identical
+    to torch-fidelity's ``interpolate_bilinear_2d_like_tensorflow1x(align_corners=False)``, which
+    selects pixels by index; here products with 0-1 matrices select them.
     """
-    low, step, fraction = _taps(images.shape[-1], size, images)
+    low, step, fraction = _interpolation(images.shape[-1], size, images)
     images = images @ low.T + (images @ step.T) * fraction
-    low, step, fraction = _taps(images.shape[-2], size, images)
+    low, step, fraction = _interpolation(images.shape[-2], size, images)
     return low @ images + (step @ images) * fraction[:, None]
 
 
-def _taps(source: int, target: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(target, source) matrices that pick the lower pixel, and the difference to the upper one, and
-    how far between them each target pixel lies.
+def _interpolation(source: int, target: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the matrices and weights of a one-dimensional linear interpolation.
+
+    Returns:
+        (target, source) matrix that selects the lower pixel; (target, source) matrix that gives
+        the difference of the upper and the lower pixel; (target,) weights of that difference.
     """
     scale = torch.tensor(source / target, dtype=torch.float32, device="cpu")
     position = torch.arange(target, dtype=torch.float32, device="cpu") * scale
     lower = position.long()
     upper = (lower + 1).clamp_max(source - 1)
-    pick = torch.eye(source, dtype=torch.float32, device="cpu")
-    taps = pick[lower], pick[upper] - pick[lower], position - lower.float()
-    low, step, fraction = (tap.to(like.device) for tap in taps)
+    select = torch.eye(source, dtype=torch.float32, device="cpu")
+    parts = select[lower], select[upper] - select[lower], position - lower.float()
+    low, step, fraction = (part.to(like.device) for part in parts)
     return low, step, fraction
 
 
-def load_inception(path: str | None, without: str = WITHOUT) -> Inception:
-    """The network with its weights, in eval mode and frozen.
+def load_inception(path: str | None, without: str = "--metrics psnr ssim lpips") -> Inception:
+    """Load the Inception network in eval mode, frozen.
 
     Args:
-        path: file of the weights as torch-fidelity publishes them; None: torch-fidelity's own copy,
-            downloaded where it is not in its cache.
-        without: the option that leaves FID out, for the error.
+        path: weight file as torch-fidelity publishes it; None for torch-fidelity's own copy, which
+            is downloaded unless it is cached.
+        without: the option that omits FID, for the error message.
 
     Raises:
-        UserError: the file is missing or another network's, or the download failed.
+        UserError: if the file is missing or contains another network, or the download failed.
     """
     import torch_fidelity.feature_extractor_inceptionv3 as published
 
     url = published.URL_INCEPTION_V3
     if path is not None:
         path = str(Path(path).expanduser())
-        # torch-fidelity unpickles whatever it is given; by then it is known to be tensors alone
+        # torch-fidelity unpickles any file; this check ensures that the file holds only tensors
         read_torch_file(path, "weights.inception")
     try:
         extractor = published.FeatureExtractorInceptionV3(
@@ -123,36 +124,13 @@ def load_inception(path: str | None, without: str = WITHOUT) -> Inception:
         reason = str(error).strip().split("\n")[0]
         if path is not None:
             raise UserError(
-                f"weights.inception: {path} does not hold the weights of {url} ({reason})"
+                f"weights.inception: {path} does not contain the weights of {url} ({reason}): "
+                "download that file"
             ) from error
         raise UserError(
-            f"FID needs the Inception weights {Path(url).name}, which could not be downloaded "
-            f"({reason}). Fetch {url} and give the file as weights.inception=FILE, or leave the "
-            f"metric out: {without}"
+            f"FID needs the Inception weights {Path(url).name}, and their download failed "
+            f"({reason}). Download {url} and give the file as weights.inception=FILE, or omit the "
+            f"metric: {without}"
         ) from error
     source = f"{path}" if path is not None else url
     return Inception(extractor, source).eval().requires_grad_(False)
-
-
-class FeatureNetwork:
-    """A ``FeatureModule`` on the devices, compiled: pictures to features, both on the devices."""
-
-    def __init__(self, network: FeatureModule, runtime: Runtime) -> None:
-        runtime.place(network)
-        self.source = network.source
-
-        @runtime.compile
-        def features(pixels: Tensor) -> Batch:
-            with torch.no_grad():
-                made: Batch = network(pixels)
-            return made
-
-        self._features = features
-
-    def all(self, pixels: Tensor) -> Batch:
-        """Every feature (B, D) of a whole chunk of pictures (B, 3, H, W) uint8, by name."""
-        return self._features(pixels)
-
-    def __call__(self, pixels: Tensor) -> Tensor:
-        """What an ``Inception`` calls ``pool``, (B, 2048), of a whole chunk of pictures."""
-        return self._features(pixels)["pool"]

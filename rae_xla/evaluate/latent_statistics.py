@@ -1,4 +1,4 @@
-"""Exact mean and variance of an encoder's latents, element by element."""
+"""Latent statistics: exact mean and variance of an encoder's latents, per element."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from rae_xla.models.rae import RAE
-from rae_xla.runtime import Batch, Runtime
-from rae_xla.sample.pictures import to_unit
+from rae_xla.runtime import Backend, Batch
+from rae_xla.sample.images import to_unit
 
 
 @dataclass(frozen=True)
 class Moments:
     """Count, mean and sum of squared deviations of samples, in float64.
 
-    Two of them merge without cancellation (Chan, Golub and LeVeque 1983), so the result does not
-    depend on how the samples were batched by more than rounding.
+    Merging avoids cancellation (Chan, Golub and LeVeque 1983), so that batching changes the result
+    by no more than rounding.
     """
 
     count: float
@@ -26,7 +26,7 @@ class Moments:
     squares: Tensor
 
     def merge(self, other: Moments) -> Moments:
-        """The moments of both sets of samples together."""
+        """Return the moments of the union of two sets of samples."""
         count = self.count + other.count
         if count == 0:
             return self
@@ -43,24 +43,23 @@ class Moments:
         return self.squares / self.count
 
 
-def latent_moments(rae: RAE, runtime: Runtime, batches: Iterable[Mapping[str, Tensor]]) -> Moments:
-    """Encode every image once and gather the moments of its latents.
+def latent_moments(rae: RAE, backend: Backend, batches: Iterable[Mapping[str, Tensor]]) -> Moments:
+    """Encode every image once and return the moments of the latents, on every process.
 
     Args:
-        rae: placed, without latent statistics of its own, so that raw latents are measured.
-        runtime: where it is. Its compiled functions see the rows of all processes, or their own
-            alone: of either, every process gets all the moments there are.
-        batches: from ``one_pass``; rows of weight 0 do not count.
+        rae: the autoencoder, placed, without latent statistics, so that its latents are raw.
+        backend: where it is placed.
+        batches: from ``one_pass``; rows of weight 0 are padding and are ignored.
     """
     rae.eval()
 
-    @runtime.compile
+    @backend.compile
     def batch_moments(batch: Batch) -> tuple[Tensor, ...]:
-        with torch.no_grad(), runtime.autocast():
+        with torch.no_grad(), backend.autocast():
             latents = rae.encode(to_unit(batch["image"])).float()
         weight = batch["weight"].reshape(-1, *(1 for _ in latents.shape[1:]))
         count = batch["weight"].sum()
-        # rows that only fill up a batch may be all that a process has
+        # all rows of a process may be padding
         mean = (latents * weight).sum(0) / count.clamp(min=1)
         squares = ((latents - mean) ** 2 * weight).sum(0)
         return tuple(moment[None] for moment in (count, mean, squares))
@@ -68,8 +67,9 @@ def latent_moments(rae: RAE, runtime: Runtime, batches: Iterable[Mapping[str, Te
     total: Moments | None = None
     wanted = ("image", "weight")
     for host_batch in batches:
-        batch = runtime.put({name: host_batch[name] for name in wanted})
-        host = runtime.to_host(
+        batch = backend.shard_batch({name: host_batch[name] for name in wanted})
+        # One row per graph: a backend's graph sees the rows of all processes, or only its own.
+        host = backend.to_host(
             dict(zip(("n", "mean", "squares"), batch_moments(batch), strict=True))
         )
         for count, mean, squares in zip(host["n"], host["mean"], host["squares"], strict=True):

@@ -1,4 +1,4 @@
-"""The pictures of an ``.npz`` file as the ADM suite writes it, read a few at a time."""
+"""Images of an ``.npz`` file as the ADM suite writes it, read a few at a time."""
 
 from __future__ import annotations
 
@@ -14,35 +14,39 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 
 from rae_xla.errors import UserError
-from rae_xla.sample.pictures import Pixels
+from rae_xla.sample.images import Pixels
 
-SHOWN_DIGITS = 12
+HASH_DIGITS = 12
+"""Hexadecimal digits of a SHA-256 that reports show."""
+
 IMAGES = "arr_0"
 
 
 class NpzImages:
-    """``arr_0``, uint8 (N, H, H, 3), of an ``.npz`` file. Only its header is read at first: 50,000
-    pictures would fill the memory.
+    """The array ``arr_0``, uint8 (N, H, H, 3), of an ``.npz`` file.
+
+    Images are streamed, because 50,000 of them would need too much memory. The constructor reads
+    only the header.
 
     Args:
-        path: of the file.
-        what: what to call it in an error.
+        path: path of the file.
+        what: what the file is, for error messages, such as ``samples``.
 
     Attributes:
-        count: pictures in it.
-        side: of a picture, in pixels.
+        count: number of images.
+        side: height and width of an image, in pixels.
 
     Raises:
-        UserError: no such file, no ``.npz``, no ``arr_0``, or one of another shape or type; while
-            reading, if it is truncated or damaged.
+        UserError: if the file is missing, is not an ``.npz``, or has no ``arr_0`` of this shape
+            and type; while reading, if it is truncated or damaged.
     """
 
     def __init__(self, path: Path, what: str) -> None:
         self.path, self._what = path, what
         with open_npz(path, what) as archive:
             if f"{IMAGES}.npy" not in archive.namelist():
-                held = ", ".join(array_names(archive)) or "nothing"
-                raise UserError(f"{what} {path}: there is no {IMAGES} (images); it has {held}")
+                names = ", ".join(array_names(archive)) or "no arrays"
+                raise UserError(f"{what} {path}: {IMAGES} (images) is missing; it contains {names}")
             with archive.open(f"{IMAGES}.npy") as member:
                 shape, fortran, dtype = self._header(cast("BinaryIO", member))
         square = len(shape) == 4 and shape[1] == shape[2] and shape[3] == 3
@@ -53,7 +57,7 @@ class NpzImages:
         self.count, self.side = shape[0], shape[1]
 
     def chunks(self, rows: int) -> Iterator[Pixels]:
-        """All pictures, (n, 3, H, H), ``rows`` at a time."""
+        """Yield all images, channels first, (n, 3, H, H), ``rows`` at a time."""
         shape = (self.side, self.side, 3)
         with (
             open_npz(self.path, self._what) as archive,
@@ -64,7 +68,9 @@ class NpzImages:
                 count = min(rows, self.count - start)
                 data = member.read(count * math.prod(shape))
                 if len(data) < count * math.prod(shape):
-                    raise UserError(f"{self._what} {self.path}: {IMAGES} is truncated")
+                    raise UserError(
+                        f"{self._what} {self.path}: {IMAGES} is truncated: copy it again"
+                    )
                 pixels = np.frombuffer(data, np.uint8).reshape(count, *shape)
                 yield np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
 
@@ -83,25 +89,31 @@ class NpzImages:
 
 @contextmanager
 def open_npz(path: Path, what: str) -> Iterator[zipfile.ZipFile]:
-    """The archive behind an ``.npz``; its faults are the user's to hear of."""
+    """Open an ``.npz`` file as a zip archive, and report damage while it is open as a user error.
+
+    Raises:
+        UserError: if the file is missing or damaged.
+    """
     if not path.is_file():
         raise UserError(f"{what} {path}: there is no such file")
     try:
         with zipfile.ZipFile(path) as archive:
             yield archive
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
-        raise UserError(f"{what} {path} is not a readable .npz file: {error}") from error
+        raise UserError(
+            f"{what} {path} is not a readable .npz file ({error}): copy it again"
+        ) from error
 
 
 def array_names(archive: zipfile.ZipFile) -> list[str]:
-    """The names of the arrays in it, sorted."""
+    """Return the sorted names of the arrays in an ``.npz`` archive."""
     return sorted(name.removesuffix(".npy") for name in archive.namelist())
 
 
 def file_hash(path: Path) -> str:
-    """First digits of the SHA-256 of a file."""
+    """Return the first digits of a file's SHA-256."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while part := file.read(2**20):
             digest.update(part)
-    return digest.hexdigest()[:SHOWN_DIGITS]
+    return digest.hexdigest()[:HASH_DIGITS]

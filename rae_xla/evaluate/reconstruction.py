@@ -1,16 +1,16 @@
-"""How well an autoencoder reconstructs: PSNR, SSIM, LPIPS and rFID of exactly N images.
+"""Metrics of reconstructions: PSNR, SSIM, LPIPS and rFID.
 
-What is compared are the pictures that would be saved: the reconstruction clamped and rounded to 8
+The metrics compare images as they would be saved: reconstructions are clamped and rounded to 8
 bits. Every image counts once, whatever the batch size and the number of devices: each device always
-works on the same number of rows (see ``chunks``), rows that only fill up the last chunk are left
-out, and sums are in float64 in the order of the images.
+works on the same number of rows (see ``chunks``), the padding of the last chunk is ignored, and
+sums are float64 in the order of the images.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import Any
 
@@ -18,46 +18,53 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rae_xla.config.check import RECON_METRICS
-from rae_xla.data.index import ShardIndex
-from rae_xla.data.stream import one_pass
+from rae_xla.config.validation import RECON_METRICS
+from rae_xla.data.loader import one_pass
+from rae_xla.data.shards.index import ShardIndex
 from rae_xla.data.transforms import CenterCrop
 from rae_xla.errors import UserError
-from rae_xla.evaluate.chunks import chunk_rows, own_rows
+from rae_xla.evaluate.chunks import chunk_rows, local_rows
+from rae_xla.evaluate.feature_networks import FeatureNetwork
 from rae_xla.evaluate.frechet import MomentStream, frechet_distance
 from rae_xla.evaluate.image_metrics import Values, psnr, ssim
-from rae_xla.evaluate.inception import FeatureNetwork
-from rae_xla.evaluate.reference import Reference, originals
+from rae_xla.evaluate.image_sets import first_images
+from rae_xla.evaluate.references import Reference, shard_reference
 from rae_xla.models.lpips import LPIPS
 from rae_xla.models.rae import RAE
 from rae_xla.progress import progress_bar
-from rae_xla.runtime import Batch, Runtime
-from rae_xla.sample.pictures import Pixels, to_pixels, to_unit
+from rae_xla.runtime import Backend, Batch
+from rae_xla.sample.images import Pixels, to_pixels, to_unit
 
 UNITS = {"psnr": "dB"}
-ON_HOST: dict[str, Callable[[Pixels, Pixels], Values]] = {"psnr": psnr, "ssim": ssim}
+HOST_METRICS: dict[str, Callable[[Pixels, Pixels], Values]] = {"psnr": psnr, "ssim": ssim}
 
 Chunk = tuple[Batch, Batch]
-"""A chunk's images on the host (this process's rows) and what the devices made of the chunk."""
+"""A chunk's images on the host (this process's rows), and its outputs on the devices (all rows)."""
 
 
 @dataclass(frozen=True)
 class ReconReport:
-    """What was measured, over what, against what."""
+    """Metrics of reconstructions.
+
+    Attributes:
+        metrics: values by name; PSNR in dB.
+        num_images: number of images.
+        image_size: side of an image, in pixels.
+        images: the images that were reconstructed.
+        reference: what rFID compared with; None without rFID. Pass it to the next evaluation, so
+            that the originals are not measured again.
+        warnings: what limits the interpretation of the metrics.
+    """
 
     metrics: dict[str, float]
-    """By name; PSNR in dB."""
     num_images: int
     image_size: int
     images: Reference
-    """The images that were reconstructed."""
     reference: Reference | None
-    """What rFID compared with; pass it on to the next evaluation, and originals are not measured
-    again."""
     warnings: tuple[str, ...] = ()
 
     def describe(self) -> dict[str, Any]:
-        """For a JSON file."""
+        """Return the content of a JSON report."""
         return {
             "metrics": {
                 name: {"value": value, "unit": UNITS.get(name), "images": self.num_images}
@@ -73,7 +80,7 @@ class ReconReport:
 
 def evaluate_reconstruction(
     rae: RAE,
-    runtime: Runtime,
+    backend: Backend,
     index: ShardIndex,
     *,
     metrics: Sequence[str] = RECON_METRICS,
@@ -84,53 +91,55 @@ def evaluate_reconstruction(
     reference: Reference | None = None,
     num_workers: int = 0,
     progress: bool = False,
-    moved: Callable[[], None] | None = None,
+    on_progress: Callable[[], None] | None = None,
 ) -> ReconReport:
-    """Reconstruct the first images of a data set and measure them.
+    """Reconstruct the first images of a data set and compute metrics.
 
-    Every process of a run calls it and every process gets the report. Called again with the same
-    networks it compiles nothing new.
+    All processes of a run must call this, and all get the report. Another call with the same
+    networks compiles nothing new.
 
     Args:
-        rae: placed; evaluated in eval mode, left in the mode it was in.
-        runtime: where it is.
-        index: the images, cut to ``rae.image_size`` in the middle.
+        rae: the autoencoder, placed; evaluated in eval mode, then returned to its mode.
+        backend: where it is placed.
+        index: the images, which are centre-cropped to ``rae.image_size``.
         metrics: any of ``RECON_METRICS``.
-        num_images: how many, from the first; None for all.
-        batch_size: images under way at a time, rounded up to whole chunks; no result depends on it.
-        lpips: placed; needed for ``lpips``.
-        features: needed for ``rfid``.
-        reference: what rFID compares with (from ``load_reference``, or an earlier report's); None
-            for the images themselves.
+        num_images: number of images, from the first; None for all.
+        batch_size: images in flight, rounded up to complete chunks; it does not change a metric.
+        lpips: the LPIPS network, placed; required for ``lpips``.
+        features: the Inception network; required for ``rfid``.
+        reference: what rFID compares with (from ``load_fid_reference``, or an earlier report); None
+            for the originals.
         num_workers: processes that decode images.
-        progress: show a bar.
-        moved: called after every group of images.
+        progress: show a progress bar.
+        on_progress: called after every group of images.
 
     Raises:
-        UserError: an unknown metric, more images than there are, or one image with ``rfid``.
+        UserError: if a metric is unknown, there are too few images, or ``rfid`` is requested of a
+            single image.
     """
     index = first_images(index, num_images)
     _check(metrics, len(index), batch_size)
     assert lpips is not None or "lpips" not in metrics, "lpips needs its network"
     assert features is not None or "rfid" not in metrics, "rfid needs its network"
-    images = originals(index)
+    images = shard_reference(index)
     if reference is None or (reference.kind == "originals" and reference.sha256 != images.sha256):
         reference = images
-    measured = _Measured(runtime, len(index), [name for name in metrics if name in ON_HOST])
-    start = _chunk_on_devices(
+    host_metrics = [name for name in metrics if name in HOST_METRICS]
+    accumulator = _MetricAccumulator(backend, len(index), host_metrics)
+    start = _chunk_function(
         rae,
-        runtime,
+        backend,
         lpips=lpips if "lpips" in metrics else None,
         features=features if "rfid" in metrics else None,
-        originals_too=reference.gaussian is None,
+        measure_originals=reference.gaussian is None,
     )
-    rows = chunk_rows(runtime)
+    rows = chunk_rows(backend)
     chunks = one_pass(
         index,
         batch_size=rows,
         transform=CenterCrop(rae.image_size),
-        process_index=runtime.process_index,
-        process_count=runtime.process_count,
+        process_index=backend.process_index,
+        process_count=backend.process_count,
         num_workers=num_workers,
     )
     groups = _groups(chunks, -(-batch_size // rows))
@@ -138,24 +147,24 @@ def evaluate_reconstruction(
     with _eval_mode(rae), progress_bar(total=total, unit="chunk", disable=not progress) as bar:
         running: list[Chunk] = []
         for group in chain(groups, [[]]):
-            done = [(host, runtime.to_host(made)) for host, made in running]
+            done = [(host, backend.to_host(outputs)) for host, outputs in running]
             running = [(host, start(host)) for host in group]
-            # the devices work on this group while the host measures the one before it
-            for host, made in done:
-                measured.add(host["image"], made)
+            # The devices work on this group while the host measures the previous one.
+            for host, outputs in done:
+                accumulator.add(host["image"], outputs)
             bar.update(len(done))
-            if moved is not None:
-                moved()
-    values = measured.means()
-    warnings = measured.warnings()
+            if on_progress is not None:
+                on_progress()
+    values = accumulator.means()
+    warnings = accumulator.warnings()
     if "rfid" in metrics:
         if reference.gaussian is None:
             reference = images.with_gaussian(
-                measured.moments["original_features"].moments().gaussian(f"{images}")
+                accumulator.moments["original_features"].moments().gaussian(f"{images}")
             )
         assert reference.gaussian is not None
-        ours = measured.moments["features"].moments().gaussian("the reconstructions")
-        values["rfid"] = frechet_distance(ours, reference.gaussian)
+        gaussian = accumulator.moments["features"].moments().gaussian("the reconstructions")
+        values["rfid"] = frechet_distance(gaussian, reference.gaussian)
         if warning := reference.warning(len(index)):
             warnings.append(warning)
     return ReconReport(
@@ -168,73 +177,62 @@ def evaluate_reconstruction(
     )
 
 
-def first_images(index: ShardIndex, count: int | None, option: str = "--num-images ") -> ShardIndex:
-    """The index of the first ``count`` images alone; ``option`` is how a user gives the count.
+def _check(metrics: Sequence[str], count: int, batch_size: int) -> None:
+    """Check the arguments of an evaluation.
 
     Raises:
-        UserError: if there are fewer.
+        UserError: if one is invalid.
     """
-    if count is None:
-        return index
-    if not 1 <= count <= len(index):
-        raise UserError(
-            f"{count} images cannot be had from {index.folder}, which holds {len(index)}: give "
-            f"{option}1 to {len(index)}, or leave it out for all"
-        )
-    return replace(index, samples=index.samples[:count])
-
-
-def _check(metrics: Sequence[str], count: int, batch_size: int) -> None:
     unknown = [name for name in metrics if name not in RECON_METRICS]
     if unknown or not metrics:
         raise UserError(
-            f"metrics: {', '.join(unknown) or 'none given'}; there are {', '.join(RECON_METRICS)}"
+            f"metrics: {', '.join(unknown) or 'none given'}; known are {', '.join(RECON_METRICS)}"
         )
     if "rfid" in metrics and count < 2:
         raise UserError(
-            "rfid of a single image: a covariance needs two at least (and rFID thousands to mean "
-            "anything); give more images, or leave rfid out of --metrics"
+            "rfid of a single image: a covariance needs at least two (and a meaningful rFID "
+            "thousands); give more images, or omit rfid from --metrics"
         )
     if batch_size < 1:
-        raise UserError(f"a batch of {batch_size} images: give 1 at least")
+        raise UserError(f"the batch size is {batch_size}: give 1 or more")
 
 
-def _chunk_on_devices(
+def _chunk_function(
     rae: RAE,
-    runtime: Runtime,
+    backend: Backend,
     *,
     lpips: LPIPS | None,
     features: FeatureNetwork | None,
-    originals_too: bool,
+    measure_originals: bool,
 ) -> Callable[[Batch], Batch]:
-    """A function that starts the work on one chunk.
+    """Return a function that starts the work on one chunk and returns its outputs.
 
-    Three compiled functions rather than one: the pictures are the same whichever metrics are asked
-    for, and the features of originals and reconstructions come from one graph.
+    There are three compiled functions rather than one, so that the reconstructions do not depend on
+    the metrics, and the same graph computes the features of originals and reconstructions.
     """
 
-    @runtime.compile
+    @backend.compile
     def reconstruct(pixels: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.no_grad(), runtime.autocast():
-            made = rae(to_unit(pixels))
-        rounded = to_pixels(made, rounding=True).permute(0, 3, 1, 2)
-        return rounded.contiguous(), torch.isfinite(made).flatten(1).all(1)
+        with torch.no_grad(), backend.autocast():
+            images = rae(to_unit(pixels))
+        rounded = to_pixels(images, rounding=True).permute(0, 3, 1, 2)
+        return rounded.contiguous(), torch.isfinite(images).flatten(1).all(1)
 
-    @runtime.compile
+    @backend.compile
     def compare(first: Tensor, second: Tensor) -> Tensor:
         assert lpips is not None
         with torch.no_grad():
             return lpips(to_unit(first) * 2 - 1, to_unit(second) * 2 - 1)
 
     def start(host: Batch) -> Batch:
-        pixels = runtime.put({"image": host["image"]})["image"]
-        made, finite = reconstruct(pixels)
-        results = {"made": made, "finite": finite}
+        pixels = backend.shard_batch({"image": host["image"]})["image"]
+        reconstructions, finite = reconstruct(pixels)
+        results = {"reconstructions": reconstructions, "finite": finite}
         if lpips is not None:
-            results["lpips"] = compare(pixels, made)
+            results["lpips"] = compare(pixels, reconstructions)
         if features is not None:
-            results["features"] = features(made)
-            if originals_too:
+            results["features"] = features(reconstructions)
+            if measure_originals:
                 results["original_features"] = features(pixels)
         return results
 
@@ -242,64 +240,84 @@ def _chunk_on_devices(
 
 
 @dataclass
-class _Measured:
-    """What is known of the images so far; they come in order."""
+class _MetricAccumulator:
+    """Accumulates metrics and moments of images that arrive in order, chunk by chunk.
 
-    runtime: Runtime
+    Attributes:
+        backend: where the chunks were computed.
+        count: number of images in total.
+        host_metrics: names of the ``HOST_METRICS`` to compute.
+        seen: number of images so far.
+        not_finite: number of reconstructions with values that are not finite.
+        local_values: host metrics of this process's rows, by name, one array per chunk.
+        distances: LPIPS of all rows, one array per chunk.
+        moments: moments of ``features`` and ``original_features``.
+    """
+
+    backend: Backend
     count: int
-    on_host: list[str]
+    host_metrics: list[str]
     seen: int = 0
-    broken: int = 0
-    own: dict[str, list[Values]] = field(default_factory=dict)
+    not_finite: int = 0
+    local_values: dict[str, list[Values]] = field(default_factory=dict)
     distances: list[Values] = field(default_factory=list)
     moments: dict[str, MomentStream] = field(default_factory=dict)
 
-    def add(self, images: Tensor, made: Batch) -> None:
-        """One chunk: this process's images, and what the devices made of all of it."""
-        rows = min(chunk_rows(self.runtime), self.count - self.seen)
+    def add(self, images: Tensor, outputs: Batch) -> None:
+        """Add one chunk.
+
+        Args:
+            images: this process's rows of the originals.
+            outputs: the outputs of all rows, on the host.
+        """
+        rows = min(chunk_rows(self.backend), self.count - self.seen)
         self.seen += rows
-        self.broken += int((~made["finite"][:rows]).sum())
+        self.not_finite += int((~outputs["finite"][:rows]).sum())
         for name in ("features", "original_features"):
-            if name in made:
-                self.moments.setdefault(name, MomentStream()).add(made[name][:rows])
-        if "lpips" in made:
-            self.distances.append(made["lpips"][:rows].double().numpy())
-        if self.on_host:
-            own = own_rows(self.runtime)
-            first, second = images.numpy(), made["made"][own].numpy()
+            if name in outputs:
+                self.moments.setdefault(name, MomentStream()).add(outputs[name][:rows])
+        if "lpips" in outputs:
+            self.distances.append(outputs["lpips"][:rows].double().numpy())
+        if self.host_metrics:
+            own = local_rows(self.backend)
+            first, second = images.numpy(), outputs["reconstructions"][own].numpy()
             real = max(0, min(rows - own.start, len(first)))
-            for name in self.on_host:
-                found = np.zeros(len(first))
-                found[:real] = ON_HOST[name](first[:real], second[:real])
-                self.own.setdefault(name, []).append(found)
+            for name in self.host_metrics:
+                values = np.zeros(len(first))
+                values[:real] = HOST_METRICS[name](first[:real], second[:real])
+                self.local_values.setdefault(name, []).append(values)
 
     def means(self) -> dict[str, float]:
-        """The mean over all images, of every process."""
-        means = {name: float(_of_all(self.runtime, v)[: self.count].mean()) for name, v in
-                 self.own.items()}  # fmt: skip
+        """Return the means over the images of all processes."""
+        means = {
+            name: float(_all_gather(self.backend, values)[: self.count].mean())
+            for name, values in self.local_values.items()
+        }
         if self.distances:
             means["lpips"] = float(np.concatenate(self.distances).mean())
         return means
 
     def warnings(self) -> list[str]:
-        """What a reader of the numbers must know."""
-        if not self.broken:
+        """Return a warning if reconstructions have values that are not finite."""
+        if not self.not_finite:
             return []
         return [
-            f"{self.broken} of {self.count} reconstructions have values that are not finite (NaN "
-            "or infinite), counted as black or white pixels: the weights or the precision are wrong"
+            f"{self.not_finite} of {self.count} reconstructions have values that are not finite "
+            "(NaN or infinite), which count as black or white pixels: check the weights and the "
+            "precision"
         ]
 
 
-def _of_all(runtime: Runtime, chunks: list[Values]) -> Values:
-    """The values of every process, in the order of the images.
+def _all_gather(backend: Backend, chunks: list[Values]) -> Values:
+    """Return the values of all processes, in the order of the images.
 
-    Sent as integers: whatever a device does to float64, it leaves the bits of int32 alone.
+    They are sent as int32: a device may round float64, but preserves the bits of integers.
     """
     own = torch.from_numpy(np.concatenate(chunks))
     bits = own.view(torch.int32).reshape(-1, 2)
-    whole = runtime.to_host(runtime.put({"bits": bits}))["bits"]
-    values = whole.contiguous().view(torch.float64).reshape(runtime.process_count, len(chunks), -1)
+    gathered = backend.to_host(backend.shard_batch({"bits": bits}))["bits"]
+    values = gathered.contiguous().view(torch.float64)
+    values = values.reshape(backend.process_count, len(chunks), -1)
     return values.transpose(0, 1).flatten().numpy()
 
 

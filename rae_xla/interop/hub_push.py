@@ -1,7 +1,9 @@
-"""A folder of weights to the hub: what may be sent, and that it arrived.
+"""Upload a folder of weights to the Hugging Face hub.
 
-Everything is looked at before anything is sent, and it is sent as one commit. Optimizer state,
-files that run code when they are read, and what looks like a password or a key are refused.
+All files are checked before the upload, which is one commit. Optimizer state, files that execute
+code when they are read, and files that look like credentials are refused. huggingface_hub's
+``upload_folder`` is not used because it selects the files itself: the files that were checked and
+listed must be the files that are uploaded, and their checksums are verified afterwards.
 """
 
 from __future__ import annotations
@@ -13,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from rae_xla.errors import UserError
-from rae_xla.interop.hub import checksum, hub_checksums
-from rae_xla.interop.hub_errors import explained
 from rae_xla.models.hf_folder import is_hub_id
+from rae_xla.models.pretrained.hub import checksum, hub_checksums
+from rae_xla.models.pretrained.hub_errors import hub_error
 
 _TORCH_FILES = (".pt", ".pth", ".bin", ".ckpt")
-_LEFT_OUT = ("*.unfinished", "*.incomplete", "__pycache__")
+_SKIPPED = ("*.unfinished", "*.incomplete", "__pycache__")
 _OPTIMIZER = re.compile(r"(optimi[sz]ers?|opt|scheduler|exp_avg(_sq)?)(_states?)?(_dict)?([./]|$)")
 _SECRET_NAMES = ("*.pem", "*.key", "*.p12", "id_rsa*", "id_ed25519*", "*credentials*", "*.keystore")
 _SECRETS = {
@@ -31,100 +33,117 @@ _SECRETS = {
         r"(?i)\b\w*(api_?key|secret|password|access_?token)[\"']?\s*[=:]\s*[\"']?[\w+/-]{16,}"
     ),
 }
-_TEXT_LIMIT = 4 << 20  # bytes: a larger text file is data
+_TEXT_LIMIT = 4 << 20  # bytes: larger text files are data and are not searched
 
 
 @dataclass(frozen=True)
-class Parcel:
-    """What a push sends: files of a folder by their paths in it, and what it leaves out."""
+class Upload:
+    """The checked files of an upload.
+
+    Attributes:
+        folder: the local folder.
+        files: paths in the folder of the files to upload.
+        skipped: paths of hidden and unfinished files, which are not uploaded.
+    """
 
     folder: Path
     files: tuple[str, ...]
-    left_out: tuple[str, ...]
+    skipped: tuple[str, ...]
 
     def size(self, path: str) -> int:
-        """Bytes of a file."""
+        """Return the size of a file in bytes."""
         return (self.folder / path).stat().st_size
 
 
-def pack(folder: Path) -> Parcel:
-    """Look at a folder that is to be sent. Hidden and unfinished files stay here.
+def prepare_upload(folder: Path) -> Upload:
+    """Check the files of a folder; hidden and unfinished files are skipped.
 
     Raises:
-        UserError: there is no such folder, nothing in it, or something that must not be sent.
+        UserError: the folder does not exist, is empty, or holds something that must not be
+            uploaded.
     """
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}: give one that save_pretrained wrote")
-    _refuse_runs(folder)
+    _refuse_checkpoints(folder)
     files: list[str] = []
-    left_out: list[str] = []
+    skipped: list[str] = []
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         parts = path.relative_to(folder).parts
         hidden = any(part.startswith(".") for part in parts)
-        rests = any(fnmatch(part, pattern) for part in parts for pattern in _LEFT_OUT)
-        (left_out if hidden or rests else files).append("/".join(parts))
+        unfinished = any(fnmatch(part, pattern) for part in parts for pattern in _SKIPPED)
+        (skipped if hidden or unfinished else files).append("/".join(parts))
     if not files:
-        raise UserError(f"{folder} has no files to send")
+        raise UserError(
+            f"{folder} has no files to upload: give a folder that save_pretrained wrote"
+        )
     for name in files:
         _refuse_secrets(folder / name)
         _refuse_optimizer_and_code(folder / name)
-    return Parcel(folder, tuple(files), tuple(left_out))
+    return Upload(folder, tuple(files), tuple(skipped))
 
 
-def push(parcel: Parcel, repository: str, *, public: bool = False, message: str = "") -> str:
-    """Send a parcel as one commit to a repository, which is made, private, if there is none.
+def push(upload: Upload, repository: str, *, public: bool = False, message: str = "") -> str:
+    """Upload files as one commit; creates the repository if it does not exist.
+
+    Args:
+        upload: the files, from ``prepare_upload``.
+        repository: ``owner/name``.
+        public: whether a new repository is public, and a public one may be written to.
+        message: the commit message; default: one that names the folder.
 
     Returns:
-        The commit's address.
+        The URL of the commit.
 
     Raises:
-        UserError: no network, no right to, a public repository without ``public``, or files that
-            arrived with another checksum.
+        UserError: no network, no write access, a public repository without ``public``, or files
+            whose checksums differ after the upload.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
     if not is_hub_id(repository):
-        raise UserError(f"{repository!r} is no hub id: expected owner/name")
-    additions = [CommitOperationAdd(name, parcel.folder / name) for name in parcel.files]
+        raise UserError(f"{repository!r} is not a hub id: expected owner/name")
+    additions = [CommitOperationAdd(name, upload.folder / name) for name in upload.files]
     api = HfApi()
     try:
         api.create_repo(repository, private=not public, exist_ok=True)
         if not public and not api.model_info(repository).private:
             raise UserError(
-                f"{repository} is public, so that everyone could read these files: say --public "
-                "if they may, or give another name"
+                f"{repository} is public, so everyone could read these files: give --public to "
+                "allow that, or give another repository"
             )
         commit = api.create_commit(
-            repository, additions, commit_message=message or f"{parcel.folder.name} by rae-xla"
+            repository,
+            additions,
+            commit_message=message or f"Upload {upload.folder.name} with rae-xla",
         )
-        arrived = hub_checksums(repository, commit.oid)
+        uploaded = hub_checksums(repository, commit.oid)
     except UserError:
         raise
-    except Exception as error:  # as when pulling
-        raise explained(error, repository, pushing=True) from error
-    for name in parcel.files:
-        expected = arrived.get(name, "")
-        if checksum(parcel.folder / name, expected) != expected:
+    except Exception as error:  # as in hub.pull
+        raise hub_error(error, repository, pushing=True) from error
+    for name in upload.files:
+        expected = uploaded.get(name, "")
+        if checksum(upload.folder / name, expected) != expected:
             raise UserError(
-                f"{name} arrived at {repository} with another checksum than it has here: push again"
+                f"{name} has another checksum in {repository} than in {upload.folder}: push again"
             )
     return str(commit.commit_url)
 
 
-def _refuse_runs(folder: Path) -> None:
-    """Sharded checkpoints hold the optimizer; their weights can be had as one file."""
+def _refuse_checkpoints(folder: Path) -> None:
+    """Raise if the folder contains a training checkpoint, which includes optimizer state."""
     for path in (folder, *folder.rglob("*")):
         if path.is_dir() and re.fullmatch(r"step-\d{8,}(\.unfinished)?", path.name):
             raise UserError(
-                f"{path} is a training checkpoint, with the state of its optimizer: send its "
-                f"weights alone, from `rae-xla checkpoints export {folder} --weights-only --out "
+                f"{path} is a training checkpoint, which includes optimizer state: upload only its "
+                f"weights, from `rae-xla checkpoints export {folder} --what weights --out "
                 "FOLDER/model.pt`"
             )
 
 
 def _refuse_secrets(path: Path) -> None:
     if any(fnmatch(path.name.lower(), pattern) for pattern in _SECRET_NAMES):
-        raise UserError(f"{path} looks like a secret by its name: take it out of the folder")
+        raise UserError(f"{path} looks like a secret by its name: remove it from the folder")
     if path.stat().st_size > _TEXT_LIMIT or path.suffix in (*_TORCH_FILES, ".safetensors"):
         return
     try:
@@ -134,12 +153,14 @@ def _refuse_secrets(path: Path) -> None:
     for what, pattern in _SECRETS.items():
         if found := pattern.search(text):
             line = text.count("\n", 0, found.start()) + 1
-            raise UserError(f"{path}, line {line}, holds what looks like {what}: take it out")
+            raise UserError(f"{path}, line {line}, holds what looks like {what}: remove it")
 
 
 def _refuse_optimizer_and_code(path: Path) -> None:
     if path.suffix in (".pkl", ".pickle"):
-        raise UserError(f"{path} is a pickle, which runs code when it is read: save safetensors")
+        raise UserError(
+            f"{path} is a pickle, which can execute code when it is read: save safetensors"
+        )
     names: list[str] = []
     if path.suffix == ".safetensors":
         names = _safetensors_names(path)
@@ -148,8 +169,8 @@ def _refuse_optimizer_and_code(path: Path) -> None:
     for name in names:
         if _OPTIMIZER.match(name):
             raise UserError(
-                f"{path} holds the state of an optimizer ({name}), which only the run itself can "
-                "use: send the weights alone (`rae-xla checkpoints export RUN --weights-only`)"
+                f"{path} holds optimizer state ({name}), which only the training run can use: "
+                "upload only the weights (`rae-xla checkpoints export RUN --what weights`)"
             )
 
 
@@ -160,11 +181,13 @@ def _safetensors_names(path: Path) -> list[str]:
         with safe_open(path, framework="pt") as file:
             return list(file.keys())
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} cannot be read as safetensors ({error})") from error
+        raise UserError(
+            f"{path} cannot be read as safetensors ({error}): write it again"
+        ) from error
 
 
 def _torch_names(path: Path) -> list[str]:
-    """The keys of a ``torch.save`` file; tensors stay on the disk."""
+    """Return the keys of a ``torch.save`` file without reading its tensors."""
     import torch
 
     content: Any
@@ -172,7 +195,7 @@ def _torch_names(path: Path) -> list[str]:
         content = torch.load(path, map_location="meta", weights_only=True)
     except Exception as error:  # a file that is not a pickle may raise anything
         raise UserError(
-            f"{path} is no file of tensors, or one that runs code when it is read "
+            f"{path} is not a file of tensors, or executes code when it is read "
             f"({str(error).strip().splitlines()[0]}): save safetensors"
         ) from error
     return [str(key) for key in content] if isinstance(content, dict) else []

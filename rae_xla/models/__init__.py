@@ -1,1 +1,1 @@
-"""What is computed: plain torch modules."""
+"""Models: plain ``torch.nn`` modules, and the reading and writing of their files."""

@@ -1,7 +1,7 @@
-"""DiffAugment: random changes of what a discriminator sees, differentiable (Zhao et al. 2020).
+"""DiffAugment: differentiable augmentation of a discriminator's inputs (Zhao et al. 2020).
 
-All randomness comes in as uniform draws and all shapes are fixed by the image size, so one
-compiled program serves every draw, with no gather or scatter in it.
+All randomness is passed in as uniform random numbers and all shapes depend on the image size only.
+So one compiled program serves every step, and it contains no gather or scatter.
 """
 
 from __future__ import annotations
@@ -12,77 +12,79 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Largest translation as a share of the side (Zhao et al. 2020, section 4).
+# Largest translation as a fraction of the side (Zhao et al. 2020, section 4).
 TRANSLATION = 0.125
-# Below this probability nothing is done.
+# Below this probability images are not augmented, as published.
 MIN_PROB = 1e-6
-NUM_FLAGS, NUM_DRAWS = 3, 7
+NUM_FLAGS, NUM_DRAWS = 3, 7  # random numbers per batch and per image
 
 
 def diff_augment(
     images: Tensor, flags: Tensor, draws: Tensor, *, prob: float, cutout: float
 ) -> Tensor:
-    """Translate, recolour and cut a hole into each image.
+    """Apply random translation, colour changes and cutout.
 
-    Whether a change is made is decided once for the batch, how for each image.
+    Each of the three is applied to all images of the batch or to none, with parameters that differ
+    between images.
 
     Args:
         images: (B, 3, H, W) in [-1, 1].
-        flags: (3,) uniform draws in [0, 1): translation, colour and cutout are done where the
-            draw is at most ``|prob|``.
-        draws: (B, 7) uniform draws in [0, 1) per image: translation (rows, columns), brightness,
-            saturation, contrast, centre of the hole (row, column).
-        prob: probability of each change; its absolute value counts, and a negative one leaves
-            cutout off. Below 1e-6 the images are returned as they are.
-        cutout: side of the hole as a share of the image's side; 0 for none.
+        flags: (3,) uniform random numbers in [0, 1). Translation, colour and cutout are applied if
+            their number is at most ``|prob|``.
+        draws: (B, 7) uniform random numbers in [0, 1) per image: translation (rows, columns),
+            brightness, saturation, contrast, centre of the cutout (row, column).
+        prob: probability of each augmentation. The absolute value is used; a negative ``prob``
+            disables cutout. Below 1e-6 in absolute value, the images are returned unchanged.
+        cutout: side of the cutout as a fraction of the image's side; 0 for none.
 
     Returns:
-        (B, 3, H, W) float32; a hole is 0.
+        (B, 3, H, W) float32, with 0 in the cutout.
     """
     images = images.float()
-    share, holes = abs(prob), prob > 0 and cutout > 0
-    if share < MIN_PROB:
+    probability, use_cutout = abs(prob), prob > 0 and cutout > 0
+    if probability < MIN_PROB:
         return images
     draw = draws.float().view(-1, NUM_DRAWS, 1, 1, 1).unbind(1)  # each (B, 1, 1, 1)
-    steps = [lambda x: _translate(x, draw[0], draw[1]), lambda x: _recolour(x, *draw[2:5])]
-    if holes:
-        steps.append(lambda x: _cut_hole(x, draw[5], draw[6], cutout))
-    for flag, change in zip(flags, steps, strict=False):  # without a hole its flag is not read
-        changed = change(images)
-        # Certain changes are not selected among: half the memory traffic of each.
-        images = changed if share >= 1 else torch.where(flag <= share, changed, images)
+    steps = [lambda x: _translate(x, draw[0], draw[1]), lambda x: _change_colour(x, *draw[2:5])]
+    if use_cutout:
+        steps.append(lambda x: _cutout(x, draw[5], draw[6], cutout))
+    for flag, step in zip(flags, steps, strict=False):  # without cutout its flag is unused
+        augmented = step(images)
+        # With probability 1 no selection is needed, which halves the memory traffic of the step.
+        applied = probability >= 1
+        images = augmented if applied else torch.where(flag <= probability, augmented, images)
     return images
 
 
 def _translate(x: Tensor, row: Tensor, column: Tensor) -> Tensor:
-    """Move each image by up to 1/8 of its sides, each shift as likely; zeros come in."""
+    """Shift each image by up to 1/8 of its sides, uniformly; fill with zeros."""
     return _shift(_shift(x, row, dim=-2), column, dim=-1)
 
 
 def _shift(x: Tensor, draw: Tensor, dim: int) -> Tensor:
-    """Move by floor(draw * (2 reach + 1)) - reach pixels towards the start of ``dim``.
+    """Shift by floor(draw * (2 reach + 1)) - reach pixels towards the start of ``dim``.
 
-    A barrel shifter: the shift is taken bit by bit, each a choice between two static slices. That
-    is exact, has an exact gradient, and unlike an index per image it partitions over devices.
+    A barrel shifter: each bit of the shift selects between two static slices. The result and its
+    gradient are exact and, unlike indexing per image, it can be partitioned over devices.
     """
     size = x.shape[dim]
     reach = round(size * TRANSLATION)
     bits = (2 * reach).bit_length()
-    # From the start of the padded image; the draw's product may round up to 2 reach + 1.
+    # The offset in the padded image. The product may round up to 2 reach + 1, hence the clamp.
     shift = (draw * (2 * reach + 1)).floor().clamp(max=2 * reach).int()
-    # Each bit's slices are shorter by its value, all bits together by 2^bits - 1.
+    # Slicing shortens the image by the value of each bit, 2^bits - 1 in all.
     before, after = reach, 2**bits - 1 - reach
     x = F.pad(x, (0, 0, before, after) if dim == -2 else (before, after))
-    for bit in reversed(range(bits)):  # the largest first, for the rest to be small
+    for bit in reversed(range(bits)):  # largest first, so that the remaining slices are small
         step = 2**bit
         length = x.shape[dim] - step
-        moved, still = x.narrow(dim, step, length), x.narrow(dim, 0, length)
-        x = torch.where((shift & step) != 0, moved, still)
+        shifted, unshifted = x.narrow(dim, step, length), x.narrow(dim, 0, length)
+        x = torch.where((shift & step) != 0, shifted, unshifted)
     return x
 
 
-def _recolour(x: Tensor, brightness: Tensor, saturation: Tensor, contrast: Tensor) -> Tensor:
-    """Brightness by ±0.5, saturation by 0 to 2, contrast by 0.5 to 1.5, in this order."""
+def _change_colour(x: Tensor, brightness: Tensor, saturation: Tensor, contrast: Tensor) -> Tensor:
+    """Add ±0.5 to the brightness, then scale saturation by 0 to 2 and contrast by 0.5 to 1.5."""
     x = x + (brightness - 0.5)
     grey = x.mean(dim=1, keepdim=True)
     x = (x - grey) * (2 * saturation) + grey
@@ -90,18 +92,18 @@ def _recolour(x: Tensor, brightness: Tensor, saturation: Tensor, contrast: Tenso
     return (x - mean) * (contrast + 0.5) + mean
 
 
-def _cut_hole(x: Tensor, row: Tensor, column: Tensor, share: float) -> Tensor:
-    """Set a rectangle of ``share`` of the sides to 0; at the border it is cut short."""
+def _cutout(x: Tensor, row: Tensor, column: Tensor, fraction: float) -> Tensor:
+    """Set a rectangle with ``fraction`` of the sides, clipped at the border, to 0."""
     height, width = x.shape[-2:]
-    rows = _inside(row, height, round(height * share), x.device).view(-1, 1, height, 1)
-    columns = _inside(column, width, round(width * share), x.device).view(-1, 1, 1, width)
+    rows = _inside(row, height, round(height * fraction), x.device).view(-1, 1, height, 1)
+    columns = _inside(column, width, round(width * fraction), x.device).view(-1, 1, 1, width)
     return torch.where(rows & columns, 0.0, x)
 
 
-def _inside(draw: Tensor, size: int, hole: int, device: torch.device) -> Tensor:
-    """Which of ``size`` pixels lie in a hole centred by ``draw``: (B, 1, 1, size)."""
-    # An even hole has one more centre, for its edge to reach both borders alike.
-    centres = size + 1 - hole % 2
-    first = (draw * centres).floor().clamp(max=centres - 1) - math.floor(hole / 2)
+def _inside(draw: Tensor, size: int, length: int, device: torch.device) -> Tensor:
+    """Return a mask (B, 1, 1, size) of ``length`` pixels around the centre given by ``draw``."""
+    # A cutout of even length has one more centre, so that it reaches both borders equally.
+    centres = size + 1 - length % 2
+    first = (draw * centres).floor().clamp(max=centres - 1) - math.floor(length / 2)
     pixel = torch.arange(size, device=device, dtype=torch.float32)
-    return (pixel >= first) & (pixel < first + hole)
+    return (pixel >= first) & (pixel < first + length)

@@ -1,11 +1,10 @@
-"""The frozen DINO vision transformer whose tokens the discriminator judges (Caron et al. 2021).
+"""Frozen DINO vision transformer, the backbone of the discriminator (Caron et al. 2021).
 
-Parameters are named as in timm, which is how the published backbone file names them.
+Parameters are named as in timm and in the published weight file.
 """
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
@@ -14,17 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rae_xla.errors import UserError
+from rae_xla.errors import UserError, did_you_mean
 from rae_xla.models.embeddings import PatchEmbed
 from rae_xla.models.layers import Attention, Mlp
-from rae_xla.models.resize import resize_bilinear
 from rae_xla.models.weights import is_meta, load_strict, read_weight_file
+from rae_xla.ops.normalization import LayerNorm
+from rae_xla.ops.resize import resize_bilinear
 
+# The image size of DINO's training, in pixels.
 IMAGE_SIZE = 224
-# Of ImageNet, in RGB.
+# Mean and standard deviation of ImageNet, in RGB.
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 KEY_DEPTHS = (2, 5, 8, 11)
-"""Blocks that are tapped besides the last, counted from 0."""
+"""Blocks, counted from 0, whose tokens the published discriminator uses besides the last's."""
 
 HUB_REPOSITORY, HUB_FILE = "nyu-visionx/RAE-collections", "discs/dino_vit_small_patch8_224.pth"
 _SETTING = "gan.disc.arch.dino_ckpt_path"
@@ -32,11 +33,11 @@ _RECIPE = "gan.disc.arch.recipe"
 
 
 @dataclass(frozen=True)
-class DINOShape:
-    """Sizes of a DINO ViT; ``patch_size`` in pixels of a 224-pixel image.
+class DINOViTConfig:
+    """Sizes of a DINO ViT; ``patch_size`` is in pixels of a 224-pixel image.
 
     Raises:
-        UserError: if the sizes do not fit each other.
+        UserError: if a value is invalid or the sizes are incompatible.
     """
 
     depth: int
@@ -49,10 +50,10 @@ class DINOShape:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            whole = field.type == "int"
-            number = isinstance(value, int if whole else (int, float))
+            integer = field.type == "int"
+            number = isinstance(value, int if integer else (int, float))
             if isinstance(value, bool) or not number or value <= 0:
-                kind = "whole number" if whole else "number"
+                kind = "integer" if integer else "number"
                 raise UserError(f"{_RECIPE}: {field.name} must be a positive {kind}, got {value!r}")
         if self.embed_dim % self.num_heads:
             raise UserError(
@@ -61,88 +62,95 @@ class DINOShape:
             )
         if IMAGE_SIZE % self.patch_size:
             raise UserError(
-                f"{_RECIPE}: patch_size {self.patch_size} does not divide {IMAGE_SIZE}, the side "
-                "images are resized to; choose one that does, such as 8, 14, 16 or 32"
+                f"{_RECIPE}: patch_size {self.patch_size} does not divide {IMAGE_SIZE}, the size "
+                "that images are resized to; choose a divisor such as 8, 14, 16 or 32"
             )
 
     @property
     def num_tokens(self) -> int:
-        """Patch tokens of one image."""
+        """Number of patch tokens of one image."""
         return (IMAGE_SIZE // self.patch_size) ** 2
 
 
 RECIPES = {
-    "S_8": DINOShape(depth=12, embed_dim=384, num_heads=6, patch_size=8),
-    "S_16": DINOShape(depth=12, embed_dim=384, num_heads=6, patch_size=16),
-    "B_16": DINOShape(depth=12, embed_dim=768, num_heads=12, patch_size=16),
+    "S_8": DINOViTConfig(depth=12, embed_dim=384, num_heads=6, patch_size=8),
+    "S_16": DINOViTConfig(depth=12, embed_dim=384, num_heads=6, patch_size=16),
+    "B_16": DINOViTConfig(depth=12, embed_dim=768, num_heads=12, patch_size=16),
 }
-"""The published backbones by their published names."""
+"""Published backbones by their published names."""
 
 
-def resolve_recipe(recipe: str | Mapping[str, Any] | DINOShape) -> DINOShape:
-    """Find the sizes of a backbone given by name, or as the fields of a ``DINOShape``.
+def resolve_recipe(recipe: str | Mapping[str, Any] | DINOViTConfig) -> DINOViTConfig:
+    """Return the sizes of a backbone that is given by name or by the fields of its config.
+
+    Args:
+        recipe: a key of ``RECIPES``, a mapping of ``DINOViTConfig``'s fields, or such a config.
 
     Raises:
-        UserError: if there is no such name or field, a field is left out, or a value is wrong.
+        UserError: if the name or a field is unknown, a field is missing, or a value is invalid.
     """
-    if isinstance(recipe, DINOShape):
+    if isinstance(recipe, DINOViTConfig):
         return recipe
-    known = [field.name for field in fields(DINOShape)]
-    needed = [field.name for field in fields(DINOShape) if field.default is MISSING]
-    ways = f"name one of {', '.join(RECIPES)}, or give {', '.join(needed)}"
+    known = [field.name for field in fields(DINOViTConfig)]
+    required = [field.name for field in fields(DINOViTConfig) if field.default is MISSING]
+    options = f"choose one of {', '.join(RECIPES)}, or give {', '.join(required)}"
     if isinstance(recipe, str):
         if recipe not in RECIPES:
-            raise UserError(f"{_RECIPE}: there is no {recipe!r}{_near(recipe, RECIPES)}; {ways}")
+            hint = did_you_mean(recipe, RECIPES)
+            raise UserError(f"{_RECIPE}: unknown backbone {recipe!r}{hint}; {options}")
         return RECIPES[recipe]
     if not isinstance(recipe, Mapping):
-        raise UserError(f"{_RECIPE}: {recipe!r} is neither a name nor a mapping; {ways}")
+        raise UserError(f"{_RECIPE}: {recipe!r} is neither a name nor a mapping; {options}")
     for key in recipe:
         if key not in known:
             raise UserError(
-                f"{_RECIPE}: a backbone has no {key!r}{_near(str(key), known)}; "
-                f"its fields are {', '.join(known)}"
+                f"{_RECIPE}: unknown field {key!r}{did_you_mean(str(key), known)}; "
+                f"the fields are {', '.join(known)}"
             )
-    if missing := [key for key in needed if key not in recipe]:
-        raise UserError(f"{_RECIPE}: {', '.join(missing)} left out; {ways}")
-    return DINOShape(**recipe)
+    if missing := [key for key in required if key not in recipe]:
+        raise UserError(f"{_RECIPE}: missing {', '.join(missing)}; {options}")
+    return DINOViTConfig(**recipe)
 
 
 class DINOBlock(nn.Module):
     """Pre-norm transformer block."""
 
-    def __init__(self, shape: DINOShape) -> None:
+    def __init__(self, config: DINOViTConfig) -> None:
         super().__init__()
-        width = shape.embed_dim
-        self.norm1 = nn.LayerNorm(width, eps=shape.norm_eps)
-        self.attn = Attention(width, shape.num_heads, use_qknorm=False, use_rmsnorm=False)
-        self.norm2 = nn.LayerNorm(width, eps=shape.norm_eps)
-        self.mlp = Mlp(width, int(width * shape.mlp_ratio))
+        width = config.embed_dim
+        self.norm1 = LayerNorm(width, eps=config.norm_eps)
+        self.attn = Attention(width, config.num_heads, use_qknorm=False, use_rmsnorm=False)
+        self.norm2 = LayerNorm(width, eps=config.norm_eps)
+        self.mlp = Mlp(width, int(width * config.mlp_ratio))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, 1 + L, embed_dim) -> the same."""
+        """Transform (B, 1 + L, embed_dim)."""
         x = x + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))
 
 
 class DINOViT(nn.Module):
-    """DINO ViT, frozen; random until ``load_dino`` fills it.
+    """Frozen DINO ViT with random weights; ``load_dino`` builds one with published weights.
 
-    Gradients reach the images, never the weights. ``norm`` is part of the published file and of
-    the state dict, but the taps are taken before it.
+    Gradients propagate to the images but not to the weights. The final norm is in the published
+    file and the state dict, but tokens are returned before it.
+
+    Args:
+        config: sizes of the backbone.
     """
 
     x_scale: Tensor
     x_shift: Tensor
 
-    def __init__(self, shape: DINOShape) -> None:
+    def __init__(self, config: DINOViTConfig) -> None:
         super().__init__()
-        self.shape = shape
-        self.cls_token = nn.Parameter(torch.empty(1, 1, shape.embed_dim))
-        self.pos_embed = nn.Parameter(torch.empty(1, 1 + shape.num_tokens, shape.embed_dim))
-        self.patch_embed = PatchEmbed(IMAGE_SIZE, shape.patch_size, 3, shape.embed_dim)
-        self.blocks = nn.ModuleList(DINOBlock(shape) for _ in range(shape.depth))
-        self.norm = nn.LayerNorm(shape.embed_dim, eps=shape.norm_eps)
-        # (x + 1) / 2 is in [0, 1]; minus mean, over std. Not in the state dict: it has no such key.
+        self.config = config
+        self.cls_token = nn.Parameter(torch.empty(1, 1, config.embed_dim))
+        self.pos_embed = nn.Parameter(torch.empty(1, 1 + config.num_tokens, config.embed_dim))
+        self.patch_embed = PatchEmbed(IMAGE_SIZE, config.patch_size, 3, config.embed_dim)
+        self.blocks = nn.ModuleList(DINOBlock(config) for _ in range(config.depth))
+        self.norm = LayerNorm(config.embed_dim, eps=config.norm_eps)
+        # ((x + 1) / 2 - mean) / std for x in [-1, 1]. The published file has no such keys.
         mean = torch.tensor(IMAGE_MEAN).view(1, -1, 1, 1)
         std = torch.tensor(IMAGE_STD).view(1, -1, 1, 1)
         self.register_buffer("x_scale", 0.5 / std, persistent=False)
@@ -151,79 +159,79 @@ class DINOViT(nn.Module):
         self.requires_grad_(False)
 
     def reset_parameters(self) -> None:
-        """Draw class token and positions from N(0, 0.02)."""
+        """Draw the class token and the positions from N(0, 0.02²)."""
         nn.init.normal_(self.cls_token, std=0.02)
         nn.init.normal_(self.pos_embed, std=0.02)
 
-    def taps(self, images: Tensor, key_depths: Iterable[int] | None = None) -> list[Tensor]:
-        """Patch tokens after the last block, then after each key depth in increasing order.
+    def intermediate_tokens(
+        self, images: Tensor, key_depths: Iterable[int] | None = None
+    ) -> list[Tensor]:
+        """Return the patch tokens after the last block and after each key depth, increasing.
 
-        Images (B, 3, H, W) in [-1, 1] of any size are resized to 224 pixels, bilinearly. Each
-        tap is (B, L, embed_dim), without the class token and before the final norm.
-        ``key_depths`` counts from 0, (2, 5, 8, 11) when None; those beyond the depth are dropped.
+        Args:
+            images: (B, 3, H, W) in [-1, 1], resized bilinearly to 224 pixels.
+            key_depths: indices of blocks from 0, by default (2, 5, 8, 11); indices beyond the
+                depth of the backbone are ignored.
+
+        Returns:
+            Tokens (B, L, embed_dim) without the class token and before the final norm: first the
+            last block's, then those of the key depths.
         """
         depths = self.key_depths(key_depths)
         x = resize_bilinear(images.float(), IMAGE_SIZE) * self.x_scale + self.x_shift
         tokens = self.patch_embed(x)
         cls_token = self.cls_token.expand(len(tokens), -1, -1)
         x = torch.cat([cls_token.to(tokens.dtype), tokens], dim=1) + self.pos_embed
-        found = []
+        selected = []
         for depth, block in enumerate(self.blocks):
             x = block(x)
             if depth in depths:
-                found.append(x[:, 1:])
-        return [x[:, 1:], *found]
+                selected.append(x[:, 1:])
+        return [x[:, 1:], *selected]
 
     def key_depths(self, key_depths: Iterable[int] | None = None) -> tuple[int, ...]:
-        """Blocks that ``taps`` taps besides the last, for its argument of this name."""
+        """Return the blocks that ``intermediate_tokens`` selects for ``key_depths``, increasing."""
         chosen = KEY_DEPTHS if key_depths is None else key_depths
-        return tuple(sorted({depth for depth in chosen if 0 <= depth < self.shape.depth}))
+        return tuple(sorted({depth for depth in chosen if 0 <= depth < self.config.depth}))
 
 
 def load_dino(
     path: str | Path,
-    recipe: str | Mapping[str, Any] | DINOShape,
+    recipe: str | Mapping[str, Any] | DINOViTConfig,
     norm_eps: float | None = None,
 ) -> DINOViT:
-    """Build the backbone of a recipe and read its published weight file, strictly.
+    """Build a backbone and load its published weight file strictly; no file on the meta device.
 
-    On the meta device nothing is read.
-
-    The key third of every qkv bias is set to zero, as the published discriminator does; softmax
-    does not see it.
+    The keys' part of every qkv bias is set to zero, as in the published discriminator; softmax is
+    invariant to it.
 
     Args:
         path: the weight file.
-        recipe: the backbone's sizes, by name or field (``resolve_recipe``).
-        norm_eps: epsilon of its layer norms in place of the recipe's. The published discriminator
-            gives its own ``norm_eps`` (``gan.disc.arch.norm_eps``) to the backbone too.
+        recipe: sizes of the backbone; see ``resolve_recipe``.
+        norm_eps: epsilon of the layer norms, if it differs from the recipe's. The published
+            discriminator applies its ``gan.disc.arch.norm_eps`` to the backbone too.
 
     Raises:
-        UserError: if the recipe is none, or the file is missing or does not fit it.
+        UserError: if the recipe is invalid, or the file is missing or does not match it.
     """
-    shape = resolve_recipe(recipe)
-    model = DINOViT(shape if norm_eps is None else replace(shape, norm_eps=norm_eps))
+    config = resolve_recipe(recipe)
+    model = DINOViT(config if norm_eps is None else replace(config, norm_eps=norm_eps))
     if is_meta(model):
         return model
     if not Path(path).expanduser().is_file():
         raise UserError(
-            f"{_SETTING}: there is no file {path}; the discriminator's frozen backbone is "
-            f"{HUB_FILE} of {HUB_REPOSITORY}: `hf download {HUB_REPOSITORY} {HUB_FILE} "
-            f"--local-dir models`, then {_SETTING}=models/{HUB_FILE}; or train without the "
-            "discriminator: gan.loss.disc_weight=0"
+            f"{_SETTING}: {path} does not exist; download the weights of the discriminator's "
+            f"backbone by `hf download {HUB_REPOSITORY} {HUB_FILE} --local-dir models` and set "
+            f"{_SETTING}=models/{HUB_FILE}, or train without the discriminator: "
+            "gan.loss.disc_weight=0"
         )
     state = read_weight_file(path, _SETTING)
     if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise UserError(f"{_SETTING}: {path} is not a state dict; {_RECIPE} needs {HUB_FILE}")
+        raise UserError(f"{_SETTING}: {path} is not a state dict; use {HUB_FILE}")
     load_strict(model, state, f"{_SETTING}: {path}")
-    width = model.shape.embed_dim
+    width = model.config.embed_dim
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("attn.qkv.bias"):
                 parameter[width : 2 * width].zero_()
     return model
-
-
-def _near(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean {close[0]}?)" if close else ""

@@ -1,7 +1,7 @@
-"""The discriminator of stage 1: small convolutional heads on the tokens of a frozen DINO ViT.
+"""Discriminator of stage 1: small convolutional heads on the tokens of a frozen DINO ViT.
 
-Projected GAN (Sauer et al. 2021), its transformer form from StyleGAN-T (Sauer et al. 2023). Shapes:
-B images, C channels (the backbone's width), L patch tokens, taken as a sequence.
+Projected GAN (Sauer et al. 2021) in the transformer form of StyleGAN-T (Sauer et al. 2023). Shapes:
+B images, C channels (the backbone's width), L patch tokens in a sequence.
 """
 
 from __future__ import annotations
@@ -16,34 +16,34 @@ from torch.nn import functional as F
 from rae_xla.errors import UserError
 from rae_xla.models.dino_vit import DINOViT
 
-GROUPS = 32
-SPECTRAL_EPS = 1e-12
+GROUPS = 32  # of the group norm, as published
+SPECTRAL_EPS = 1e-12  # as in torch.nn.utils.spectral_norm
 
 
 class CircularConv1d(nn.Conv1d):
-    """Convolution of odd kernel that keeps the length: the sequence is taken as a ring."""
+    """Convolution with an odd kernel and circular padding, which preserves the length."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int) -> None:
         super().__init__(in_channels, out_channels, kernel_size)
-        self.reach = kernel_size // 2
+        self.pad = kernel_size // 2
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, in_channels, L) -> (B, out_channels, L)."""
-        return F.conv1d(self._as_ring(x), self.weight, self.bias)
+        """Convolve (B, in_channels, L) to (B, out_channels, L)."""
+        return F.conv1d(self._pad_circular(x), self.weight, self.bias)
 
-    def _as_ring(self, x: Tensor) -> Tensor:
-        # Concatenated slices: every backend has them, which not all have a circular pad.
-        if not self.reach:
+    def _pad_circular(self, x: Tensor) -> Tensor:
+        # Concatenated slices, because not every backend implements circular padding.
+        if not self.pad:
             return x
-        return torch.cat([x[..., -self.reach :], x, x[..., : self.reach]], dim=-1)
+        return torch.cat([x[..., -self.pad :], x, x[..., : self.pad]], dim=-1)
 
 
 class SpectralConv1d(CircularConv1d):
-    """The same with its weight divided by its largest singular value (Miyato et al. 2018).
+    """Circular convolution whose weight is divided by its spectral norm (Miyato et al. 2018).
 
-    ``weight_orig`` is trained. ``weight_u`` and ``weight_v`` estimate the singular vectors; each
-    forward in train mode improves them by one power iteration, in eval mode they stand still.
-    There is no ``weight``.
+    ``weight_orig`` is the trained parameter; there is no ``weight``. ``weight_u`` and ``weight_v``
+    estimate the singular vectors. Each forward pass in train mode updates them by one power
+    iteration; in eval mode they are constant.
     """
 
     weight_u: Tensor
@@ -52,7 +52,7 @@ class SpectralConv1d(CircularConv1d):
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int) -> None:
         super().__init__(in_channels, out_channels, kernel_size)
         weight = self.weight.data
-        # After the bias, where the published state dict has it.
+        # Registered after the bias, for the order of the published state dict.
         del self.weight
         self.weight_orig = nn.Parameter(weight)
         self.register_buffer("weight_u", weight.new_empty(out_channels))
@@ -60,35 +60,35 @@ class SpectralConv1d(CircularConv1d):
         self._reset_vectors()
 
     def reset_parameters(self) -> None:
-        """Draw the weight as any convolution does, and the singular vectors from it."""
-        if "weight_orig" not in self._parameters:  # called by the parent's constructor
+        """Initialise the weight as ``nn.Conv1d`` does, and estimate its singular vectors."""
+        if "weight_orig" not in self._parameters:  # called by the constructor of nn.Conv1d
             super().reset_parameters()
             return
-        nn.init.kaiming_uniform_(self.weight_orig, a=math.sqrt(5))  # as in torch
+        nn.init.kaiming_uniform_(self.weight_orig, a=math.sqrt(5))  # as in nn.Conv1d
         if self.bias is not None:
             bound = 1 / math.sqrt(self.weight_orig[0].numel())
             nn.init.uniform_(self.bias, -bound, bound)
         self._reset_vectors()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, in_channels, L) -> (B, out_channels, L)."""
+        """Convolve (B, in_channels, L) to (B, out_channels, L)."""
         matrix = self.weight_orig.float().flatten(1)
         u, v = self.weight_u, self.weight_v
         if self.training:
-            # Into new tensors: the backward of an earlier forward still needs its own.
+            # New tensors, because the backward pass of an earlier forward still needs the old ones.
             with torch.no_grad():
                 u, v = _power_iteration(matrix, u)
                 self.weight_u.copy_(u)
                 self.weight_v.copy_(v)
         else:
             u, v = u.clone(), v.clone()
-        sigma = (u * _times(matrix, v)).sum()
-        return F.conv1d(self._as_ring(x), self.weight_orig / sigma, self.bias)
+        sigma = (u * _matvec(matrix, v)).sum()
+        return F.conv1d(self._pad_circular(x), self.weight_orig / sigma, self.bias)
 
     @torch.no_grad()
     def _reset_vectors(self) -> None:
-        # A random start alone would divide by almost nothing in eval mode before any training;
-        # 15 iterations as in torch.nn.utils.parametrizations.
+        # Random vectors would give an almost zero norm in eval mode before any training. 15
+        # iterations, as in torch.nn.utils.parametrizations.spectral_norm.
         matrix = self.weight_orig.float().flatten(1)
         u = v = F.normalize(torch.randn_like(self.weight_u), dim=0, eps=SPECTRAL_EPS)
         for _ in range(15):
@@ -98,21 +98,25 @@ class SpectralConv1d(CircularConv1d):
 
 
 def _power_iteration(matrix: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    v = F.normalize(_times(matrix.T, u), dim=0, eps=SPECTRAL_EPS)
-    return F.normalize(_times(matrix, v), dim=0, eps=SPECTRAL_EPS), v
+    v = F.normalize(_matvec(matrix.T, u), dim=0, eps=SPECTRAL_EPS)
+    return F.normalize(_matvec(matrix, v), dim=0, eps=SPECTRAL_EPS), v
 
 
-def _times(matrix: Tensor, vector: Tensor) -> Tensor:
-    # Products and sums instead of a matrix product: neither autocast nor a TPU, whose float32
-    # matrix products are of bfloat16 factors, lowers their precision.
+def _matvec(matrix: Tensor, vector: Tensor) -> Tensor:
+    # Elementwise products and sums stay in float32. A matrix product would be computed in bfloat16
+    # under autocast, and by default on TPU, even of float32 factors.
     return (matrix * vector).sum(1)
 
 
 class BatchNormLocal(nn.Module):
-    """Normalise each channel of each sample over its length, in float32 under autocast too.
+    """Normalise each channel of each sample over its length, in float32 even under autocast.
 
-    The published discriminator's batch norm with a virtual batch of one: the statistics (biased
-    variance) are the sample's own, in train and eval mode alike.
+    This is the published discriminator's batch norm with a virtual batch of one: in train and in
+    eval mode the mean and the biased variance are those of the sample.
+
+    Args:
+        channels: number of channels.
+        eps: added to the variance.
     """
 
     def __init__(self, channels: int, eps: float = 1e-6) -> None:
@@ -127,7 +131,7 @@ class BatchNormLocal(nn.Module):
         nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, channels, L) -> the same shape, float32."""
+        """Normalise (B, channels, L), returned in float32."""
         x = x.float()
         centred = x - x.mean(dim=-1, keepdim=True)
         variance = centred.square().mean(dim=-1, keepdim=True)
@@ -136,18 +140,22 @@ class BatchNormLocal(nn.Module):
 
 
 class GroupNormFloat(nn.GroupNorm):
-    """Group norm of 32 groups in float32, under autocast too (Wu & He 2018)."""
+    """Group norm of 32 groups in float32, even under autocast (Wu & He 2018).
+
+    Raises:
+        UserError: if ``channels`` is not divisible by 32.
+    """
 
     def __init__(self, channels: int, eps: float = 1e-6) -> None:
         if channels % GROUPS:
             raise UserError(
-                f"gan.disc.arch.norm_type=gn has {GROUPS} groups, which do not divide the "
-                f"backbone's {channels} channels; choose norm_type=bn"
+                f"gan.disc.arch.norm_type=gn requires a multiple of {GROUPS} channels, and the "
+                f"backbone has {channels}; choose norm_type=bn"
             )
         super().__init__(GROUPS, channels, eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, channels, L) -> the same shape, float32."""
+        """Normalise (B, channels, L), returned in float32."""
         return F.group_norm(
             x.float(), GROUPS, self.weight.float(), self.bias.float(), self.eps
         ).float()
@@ -157,39 +165,39 @@ NORMS: dict[str, Callable[[int, float], nn.Module]] = {
     "bn": BatchNormLocal,
     "gn": GroupNormFloat,
 }
-"""Norms of the heads by their published names."""
+"""Constructors (channels, eps) of the heads' norms, by their published names."""
 
 
 class ScaledResidual(nn.Module):
-    """``(fn(x) + x) / sqrt(2)``: the variance stays."""
+    """Residual connection ``(fn(x) + x) / sqrt(2)``, which preserves the variance."""
 
     def __init__(self, fn: nn.Module) -> None:
         super().__init__()
         self.fn = fn
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the shape of ``x``."""
+        """Return a tensor of the shape of ``x``."""
         return (self.fn(x) + x) * (1 / math.sqrt(2))
 
 
 class DinoDiscriminator(nn.Module):
-    """One head per tap of a frozen DINO ViT, each judging every token.
+    """Discriminator with one head per selected block of a frozen DINO ViT.
 
-    The state dict holds the heads alone, under the published keys. The backbone is not a
-    submodule: moving, sharding, training or saving the discriminator leaves it where and as it
-    is, so place it yourself, on the same device.
+    Each head computes one logit per token. The state dict contains only the heads, under the
+    published keys. The backbone is not a submodule, so moving, sharding, training or saving the
+    discriminator does not affect it: the caller moves it to the same device.
 
     Args:
-        backbone: frozen network whose tokens are judged.
+        backbone: frozen network whose tokens are classified.
         ks: odd kernel size of the second convolution of a head.
-        key_depths: blocks tapped besides the last; (2, 5, 8, 11) when None, those beyond the
-            backbone's depth dropped.
+        key_depths: blocks whose tokens are used besides the last's; see
+            ``DINOViT.intermediate_tokens``.
         norm_type: ``bn`` (per-sample batch norm) or ``gn`` (group norm).
         using_spec_norm: whether the convolutions are spectrally normalised.
         norm_eps: added to the variance in the norms.
 
     Raises:
-        UserError: if ``norm_type`` or ``ks`` is impossible.
+        UserError: if ``norm_type`` or ``ks`` is invalid.
     """
 
     def __init__(
@@ -204,20 +212,20 @@ class DinoDiscriminator(nn.Module):
         super().__init__()
         if norm_type not in NORMS:
             raise UserError(
-                f"gan.disc.arch.norm_type: there is no {norm_type!r}; "
+                f"gan.disc.arch.norm_type: unknown norm {norm_type!r}; "
                 f"choose one of {', '.join(NORMS)}"
             )
-        if ks < 1 or ks % 2 == 0 or ks // 2 > backbone.shape.num_tokens:
+        if ks < 1 or ks % 2 == 0 or ks // 2 > backbone.config.num_tokens:
             raise UserError(
                 f"gan.disc.arch.ks must be an odd kernel size of at most "
-                f"{2 * backbone.shape.num_tokens + 1} tokens, got {ks}"
+                f"{2 * backbone.config.num_tokens + 1} tokens, got {ks}"
             )
         # A tuple hides the backbone from nn.Module, which would register it as a child.
-        self._held = (backbone,)
+        self._backbone = (backbone,)
         self.key_depths = backbone.key_depths(key_depths)
         conv = SpectralConv1d if using_spec_norm else CircularConv1d
         norm = NORMS[norm_type]
-        channels = backbone.shape.embed_dim
+        channels = backbone.config.embed_dim
 
         def stage(kernel: int) -> nn.Sequential:
             return nn.Sequential(
@@ -231,17 +239,17 @@ class DinoDiscriminator(nn.Module):
 
     @property
     def backbone(self) -> DINOViT:
-        """The frozen network. Not a submodule: it is neither moved nor saved with this one."""
-        return self._held[0]
+        """The frozen backbone, which is not a submodule."""
+        return self._backbone[0]
 
     def features(self, images: Tensor) -> list[Tensor]:
-        """Tokens that the heads judge, each (B, L, C), of images (B, 3, H, W) in [-1, 1]."""
-        return self.backbone.taps(images, self.key_depths)
+        """Return one tensor of tokens (B, L, C) per head, of images (B, 3, H, W) in [-1, 1]."""
+        return self.backbone.intermediate_tokens(images, self.key_depths)
 
     def heads_forward(self, features: Sequence[Tensor]) -> Tensor:
-        """Judge what ``features`` returned: float32 logits (B, number of heads * L).
+        """Compute float32 logits (B, number of heads * L) from the result of ``features``.
 
-        In train mode the singular vectors advance by one power iteration.
+        In train mode this updates the singular vectors by one power iteration.
         """
         logits = [
             head(tokens.transpose(1, 2)).flatten(1).float()
@@ -250,5 +258,5 @@ class DinoDiscriminator(nn.Module):
         return torch.cat(logits, dim=1)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Judge images (B, 3, H, W) in [-1, 1] of any size: float32 logits as above."""
+        """Compute float32 logits (B, number of heads * L) of images (B, 3, H, W) in [-1, 1]."""
         return self.heads_forward(self.features(images))

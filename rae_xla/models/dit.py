@@ -1,4 +1,4 @@
-"""LightningDiT: the plain diffusion transformer (DiT with RoPE, RMSNorm and SwiGLU; Yao 2025)."""
+"""LightningDiT: a diffusion transformer with RoPE, RMSNorm and SwiGLU (Yao et al. 2025)."""
 
 from __future__ import annotations
 
@@ -15,40 +15,41 @@ from rae_xla.models.embeddings import (
 from rae_xla.models.layers import (
     DiTBlock,
     FinalLayer,
-    RotaryEmbedding,
     channels_per_head,
     init_weights,
     xavier_linear,
 )
-from rae_xla.models.pretrained import PretrainedTransformer
+from rae_xla.models.pretrained.mixin import PretrainedTransformer
 from rae_xla.models.weights import constructor_arguments
+from rae_xla.ops.rotary import RotaryEmbedding
 
 
 class LightningDiT(PretrainedTransformer):
-    """Velocity network of one stack of adaLN-Zero blocks, each called as ``block(x, c, rope)``.
+    """Diffusion transformer of adaLN-Zero blocks, each called as ``block(x, c, rope)``.
 
-    State-dict names are the published ones. The defaults are the XL size.
+    State-dict keys are the published ones. The defaults are the XL size.
 
     Args:
         input_size: height and width of the latents.
-        patch_size: side of the square of latent positions that makes one token.
+        patch_size: side of the square of latent positions that forms one token.
         in_channels: channels of the latents.
         hidden_size: width of the tokens.
         depth: number of blocks.
         num_heads: attention heads per block.
         mlp_ratio: hidden width of the feed-forward layers over their width.
-        class_dropout_prob: probability of the null label in training; 0 leaves out its row.
-        num_classes: number of labels; the null label is ``num_classes``.
-        learn_sigma: project to twice the channels, of which ``forward`` returns the first half.
+        class_dropout_prob: probability of the null label in training; with 0 the model has no
+            null label.
+        num_classes: number of class labels; the null label is ``num_classes``.
+        learn_sigma: predict twice the channels, of which ``forward`` returns the first half.
         use_qknorm: normalise queries and keys per head.
         use_swiglu: SwiGLU feed-forward layers; otherwise tanh-GELU.
-        use_rope: rotary positions in every attention.
+        use_rope: rotary positions in every attention layer.
         use_rmsnorm: RMSNorm; otherwise LayerNorm.
-        wo_shift: leave the shifts out of the blocks' modulation.
-        use_gembed: random Fourier features of the time; otherwise DiT's sinusoids.
+        wo_shift: omit the shifts of the blocks' modulation.
+        use_gembed: embed the time by random Fourier features; otherwise by DiT's sinusoids.
 
     Raises:
-        UserError: if the sizes do not fit each other.
+        UserError: if the sizes are incompatible.
     """
 
     def __init__(
@@ -112,25 +113,25 @@ class LightningDiT(PretrainedTransformer):
         self.pos_embed.copy_(sincos_positions(self.pos_embed.shape[-1], self.x_embedder.grid_size))
 
     def init_weights(self) -> None:
-        """Draw all parameters and compute all tables anew, as after ``to_empty``."""
+        """Initialise all parameters and tables, as after ``to_empty``."""
         init_weights(self, linear=xavier_linear)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, label_drop: Tensor | None = None) -> Tensor:
-        """Predict at every latent position.
+        """Predict the velocity of noisy latents.
 
         Args:
             x: noisy latents (B, C, H, W).
             t: times (B,) in [0, 1]; 0 is data, 1 is noise.
-            y: labels (B,) int64.
-            label_drop: rows (B,) bool that take the null label. When None, drawn from torch's
-                generator in train mode.
+            y: class labels (B,) int64.
+            label_drop: (B,) bool, the rows that get the null label. If None, they are chosen with
+                PyTorch's global generator in train mode, and there are none in eval mode.
 
         Returns:
             (B, C, H, W).
 
         Raises:
-            UserError: if ``x`` does not have the shape the model was built for, or, on CPU, if a
-                label is out of range.
+            UserError: if ``x`` does not have the shape that the model was built for, or, on CPU,
+                if a label is out of range.
         """
         c = (self.t_embedder(t) + self.y_embedder(y, label_drop))[:, None]
         h = self.x_embedder(x) + self.pos_embed
@@ -140,7 +141,10 @@ class LightningDiT(PretrainedTransformer):
         return self.unpatchify(self.final_layer(h, c))[:, : self.in_channels]
 
     def unpatchify(self, tokens: Tensor) -> Tensor:
-        """(B, L, p·p·C) -> (B, C, H, W); a patch is stored row, column, channel."""
+        """Arrange tokens (B, L, p·p·C) as latents (B, C, H, W).
+
+        The values of a patch of side p are ordered by row, column, channel.
+        """
         grid, p = self.x_embedder.grid_size, self.patch_size
         patches = tokens.reshape(tokens.shape[0], grid, grid, p, p, -1)
         return patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)

@@ -1,4 +1,7 @@
-"""DiT-DH: a diffusion transformer with a shallow, wide head (RAE, section 5; DDT, 2025)."""
+"""DiT-DH: a diffusion transformer with a shallow, wide head.
+
+Sources: RAE (Zheng et al. 2025), section 5; DDT (Wang et al. 2025).
+"""
 
 from __future__ import annotations
 
@@ -18,40 +21,43 @@ from rae_xla.models.embeddings import (
 from rae_xla.models.layers import (
     DiTBlock,
     FinalLayer,
-    RotaryEmbedding,
     channels_per_head,
     init_weights,
 )
-from rae_xla.models.pretrained import PretrainedTransformer
+from rae_xla.models.pretrained.mixin import PretrainedTransformer
 from rae_xla.models.weights import constructor_arguments
+from rae_xla.ops.rotary import RotaryEmbedding
 
 
 class DiTDH(PretrainedTransformer):
-    """Velocity network whose deep encoder conditions a shallow, wide head token by token.
+    """Diffusion transformer whose deep encoder conditions a shallow, wide head token by token.
 
-    Published as ``DiTwDDTHead``; state-dict names are the published ones. ``blocks`` holds the
-    encoder's blocks, then the head's, each called as ``block(x, c, rope)``.
+    Published as ``DiTwDDTHead``; state-dict keys are the published ones. ``blocks`` contains the
+    encoder's blocks, then the head's, each called as ``block(x, c, rope)``. The defaults are the
+    XL size.
 
     Args:
         input_size: height and width of the latents.
-        patch_size: 1, for encoder and head, or [encoder, head]. The head's must be 1; an encoder
-            with another one (a published layout that has no working encoder path) can only be
-            bypassed with ``s``.
+        patch_size: patch size of [encoder, head], or one number for both. The head's must be 1.
+            An encoder with another one (a published layout without a working encoder) cannot run:
+            ``forward`` then requires ``s``.
         in_channels: channels of the latents.
-        hidden_size: width of [encoder, head]; ``depth`` and ``num_heads`` likewise (``num_heads``
-            may be one number for both).
+        hidden_size: width of the tokens in [encoder, head].
+        depth: number of blocks of [encoder, head].
+        num_heads: attention heads per block of [encoder, head], or one number for both.
         mlp_ratio: hidden width of the feed-forward layers over their width.
-        class_dropout_prob: probability of the null label in training; 0 leaves out its row.
-        num_classes: number of labels; the null label is ``num_classes``.
+        class_dropout_prob: probability of the null label in training; with 0 the model has no
+            null label.
+        num_classes: number of class labels; the null label is ``num_classes``.
         use_qknorm: normalise queries and keys per head.
         use_swiglu: SwiGLU feed-forward layers; otherwise tanh-GELU.
-        use_rope: rotary positions in every attention.
+        use_rope: rotary positions in every attention layer.
         use_rmsnorm: RMSNorm; otherwise LayerNorm.
-        wo_shift: leave the shifts out of the blocks' modulation.
+        wo_shift: omit the shifts of the blocks' modulation.
         use_pos_embed: add a fixed sine-cosine position table to the encoder's tokens.
 
     Raises:
-        UserError: if the sizes do not fit each other.
+        UserError: if the sizes are incompatible.
     """
 
     def __init__(
@@ -80,7 +86,7 @@ class DiTDH(PretrainedTransformer):
         self.encoder_patch, head_patch = encoder_and_head("patch_size", patch_size)
         if head_patch != 1:
             raise UserError(
-                f"patch_size: {patch_size}: the head of DiTDH works on patches of 1; "
+                f"patch_size: the head of DiTDH requires a patch size of 1, got {patch_size}; "
                 "set patch_size to 1"
             )
         self.in_channels = in_channels
@@ -134,15 +140,25 @@ class DiTDH(PretrainedTransformer):
             self.pos_embed.copy_(table)
 
     def init_weights(self) -> None:
-        """Draw all parameters and compute all tables anew, as after ``to_empty``."""
+        """Initialise all parameters and tables, as after ``to_empty``."""
         init_weights(self)
 
     def encode(self, x: Tensor, t: Tensor, y: Tensor, label_drop: Tensor | None = None) -> Tensor:
-        """Run the encoder: what ``forward`` computes when no ``s`` is given, (B, L, D_encoder)."""
+        """Return the conditioning tokens (B, L, D_encoder) that ``forward`` uses by default.
+
+        Args:
+            x: noisy latents (B, C, H, W).
+            t: times (B,) in [0, 1].
+            y: class labels (B,) int64.
+            label_drop: rows that get the null label; see ``forward``.
+
+        Raises:
+            UserError: if the encoder's patch size is not 1.
+        """
         if self.encoder_patch != 1:
             raise UserError(
-                f"the encoder's patch_size is {self.encoder_patch}, for which only a given s "
-                "works; set patch_size to 1"
+                f"patch_size: the encoder of DiTDH cannot run with a patch size of "
+                f"{self.encoder_patch}; pass s to forward, or set patch_size to 1"
             )
         time = self.t_embedder(t)[:, None]
         c = F.silu(time + self.y_embedder(y, label_drop)[:, None])
@@ -162,23 +178,23 @@ class DiTDH(PretrainedTransformer):
         s: Tensor | None = None,
         label_drop: Tensor | None = None,
     ) -> Tensor:
-        """Predict at every latent position.
+        """Predict the velocity of noisy latents.
 
         Args:
             x: noisy latents (B, C, H, W).
             t: times (B,) in [0, 1]; 0 is data, 1 is noise.
-            y: labels (B,) int64.
-            s: conditioning tokens (B, Ls, D_encoder) to use instead of the encoder's; then ``t``
-                and ``y`` have no effect. Ls divides H·W.
-            label_drop: rows (B,) bool that take the null label. When None, drawn from torch's
-                generator in train mode.
+            y: class labels (B,) int64.
+            s: conditioning tokens (B, Ls, D_encoder) that replace the encoder's, so that ``t``
+                and ``y`` have no effect; Ls divides H·W.
+            label_drop: (B,) bool, the rows that get the null label. If None, they are chosen with
+                PyTorch's global generator in train mode, and there are none in eval mode.
 
         Returns:
             (B, C, H, W).
 
         Raises:
-            UserError: if ``x`` does not have the shape the model was built for, or, on CPU, if a
-                label is out of range.
+            UserError: if ``x`` does not have the shape that the model was built for, or, on CPU,
+                if a label is out of range.
         """
         if s is None:
             s = self.encode(x, t, y, label_drop)
@@ -191,7 +207,11 @@ class DiTDH(PretrainedTransformer):
 
 
 def encoder_and_head(name: str, value: int | Sequence[int]) -> tuple[int, int]:
-    """Read an option given once for both stages or as [encoder, head]."""
+    """Parse an option that is given as [encoder, head], or as one number for both.
+
+    Raises:
+        UserError: if it is a sequence of another length.
+    """
     if isinstance(value, int):
         return value, value
     if len(value) != 2:

@@ -1,4 +1,4 @@
-"""How images, times, labels and positions become vectors of a diffusion transformer."""
+"""Embeddings of latent patches, times, class labels and positions in a diffusion transformer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,17 @@ from rae_xla.errors import UserError
 
 
 class PatchEmbed(nn.Module):
-    """Non-overlapping patches of a square map, each projected to one token, row by row."""
+    """Project the non-overlapping patches of a square map to tokens, in row-major order.
+
+    Args:
+        input_size: height and width of the map.
+        patch_size: height and width of a patch.
+        in_channels: channels of the map.
+        dim: channels of a token.
+
+    Raises:
+        UserError: if ``patch_size`` does not divide ``input_size``.
+    """
 
     def __init__(self, input_size: int, patch_size: int, in_channels: int, dim: int) -> None:
         super().__init__()
@@ -26,30 +36,34 @@ class PatchEmbed(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Xavier-uniform weight as that of a linear layer, zero bias."""
+        """Initialise as a linear layer: Xavier-uniform weight, zero bias."""
         nn.init.xavier_uniform_(self.proj.weight.view(self.proj.out_channels, -1))
         if self.proj.bias is not None:
             nn.init.zeros_(self.proj.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, input_size, input_size) -> (B, grid_size², dim).
+        """Embed ``x`` (B, in_channels, input_size, input_size) as tokens (B, grid_size², dim).
 
         Raises:
             UserError: if ``x`` has another shape.
         """
         if x.shape[1:] != self.input_shape:
             raise UserError(
-                f"the model was built for latents of shape {self.input_shape} (channels, height, "
-                f"width) and got {tuple(x.shape[1:])}; check in_channels and input_size"
+                f"the model expects latents of shape {self.input_shape} (channels, height, "
+                f"width), got {tuple(x.shape[1:])}; check in_channels and input_size"
             )
         return self.proj(x).flatten(2).transpose(1, 2)
 
 
 class TimestepEmbedder(nn.Module):
-    """Time in [0, 1] -> vector, by 256 fixed random Fourier features and a two-layer MLP.
+    """Embed times in [0, 1] by fixed random Fourier features and a two-layer MLP.
 
     Gaussian Fourier features: Song et al. 2021, "Score-based generative modeling through SDEs".
     The frequencies ``W`` are a parameter that is never trained, as published.
+
+    Args:
+        dim: channels of the embedding.
+        num_frequencies: number of frequencies, each of which gives a sine and a cosine.
     """
 
     def __init__(self, dim: int, num_frequencies: int = 256) -> None:
@@ -61,19 +75,24 @@ class TimestepEmbedder(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Frequencies N(0, 1), MLP weights N(0, 0.02); the MLP's biases are left alone."""
+        """Draw frequencies from N(0, 1) and MLP weights from N(0, 0.02²); keep the biases."""
         nn.init.normal_(self.W)
         normal_mlp_weights(self.mlp)
 
     def forward(self, t: Tensor) -> Tensor:
-        """(B,) -> (B, dim)."""
+        """Embed ``t`` (B,) as (B, dim)."""
         angle = (2 * math.pi) * t.float()[:, None] * self.W.float()
         features = torch.cat([angle.sin(), angle.cos()], dim=-1)
         return self.mlp(features.to(self.W.dtype))
 
 
 class SinusoidalTimestepEmbedder(nn.Module):
-    """Time -> vector by 256 sinusoids of geometric frequencies and a two-layer MLP (DiT)."""
+    """Embed times by sinusoids of geometric frequencies and a two-layer MLP (DiT).
+
+    Args:
+        dim: channels of the embedding.
+        num_features: number of cosines and sines in all.
+    """
 
     def __init__(self, dim: int, num_features: int = 256) -> None:
         super().__init__()
@@ -82,11 +101,11 @@ class SinusoidalTimestepEmbedder(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """MLP weights N(0, 0.02); its biases are left alone."""
+        """Draw the MLP weights from N(0, 0.02²); keep the biases."""
         normal_mlp_weights(self.mlp)
 
     def forward(self, t: Tensor) -> Tensor:
-        """(B,) -> (B, dim)."""
+        """Embed ``t`` (B,) as (B, dim)."""
         half = self.num_features // 2
         index = torch.arange(half, device=t.device, dtype=torch.float32)
         # 10000: the longest period, from "Attention is all you need".
@@ -96,16 +115,20 @@ class SinusoidalTimestepEmbedder(nn.Module):
 
 
 def normal_mlp_weights(mlp: nn.Sequential) -> None:
-    """Draw the weights of a Sequential's linears from N(0, 0.02), as DiT does."""
+    """Draw the weights of the linear layers in ``mlp`` from N(0, 0.02²), as DiT does."""
     for layer in mlp:
         if isinstance(layer, nn.Linear):
             nn.init.normal_(layer.weight, std=0.02)
 
 
 class LabelEmbedder(nn.Module):
-    """Class label -> vector, with one more row, the null label, for classifier-free guidance.
+    """Embed class labels, including a null label for classifier-free guidance.
 
-    The null label is ``num_classes``; its row exists only if ``dropout_prob`` > 0.
+    Args:
+        num_classes: number of classes; the null label is ``num_classes``.
+        dim: channels of the embedding.
+        dropout_prob: probability of replacing a label by the null label in training. With 0 the
+            table has no row for the null label.
     """
 
     def __init__(self, num_classes: int, dim: int, dropout_prob: float) -> None:
@@ -116,14 +139,17 @@ class LabelEmbedder(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the table from N(0, 0.02)."""
+        """Draw the table from N(0, 0.02²)."""
         nn.init.normal_(self.embedding_table.weight, std=0.02)
 
     def drop(self, y: Tensor, label_drop: Tensor | None = None) -> Tensor:
         """Replace labels by the null label.
 
-        Rows where ``label_drop`` (B,) bool is true are replaced; when it is None, each row is with
-        probability ``dropout_prob``, in train mode only, drawn from torch's generator.
+        Args:
+            y: labels (B,) int64.
+            label_drop: (B,) bool, the rows to replace. If None, each row is replaced with
+                probability ``dropout_prob`` in train mode, by PyTorch's global generator, and
+                none in eval mode.
         """
         if label_drop is None:
             if not self.training or self.dropout_prob == 0:
@@ -132,11 +158,11 @@ class LabelEmbedder(nn.Module):
         return y.masked_fill(label_drop, self.num_classes)
 
     def forward(self, y: Tensor, label_drop: Tensor | None = None) -> Tensor:
-        """y (B,) int64 -> (B, dim).
+        """Embed labels ``y`` (B,) int64 as (B, dim); see ``drop`` for ``label_drop``.
 
         Raises:
-            UserError: if a label has no row (on CPU; an accelerator does not look, so that it
-                need not wait).
+            UserError: if a label is out of range. Only on CPU: on an accelerator the check would
+                have to wait for the device.
         """
         try:
             return self.embedding_table(self.drop(y, label_drop))
@@ -149,22 +175,28 @@ class LabelEmbedder(nn.Module):
 
 
 def sincos_positions(dim: int, grid_size: int, *, cls_token: bool = False) -> Tensor:
-    """Sine-cosine position table of a square grid (MAE), one row per token, row by row.
+    """Compute the sine-cosine position table of a square grid (MAE, He et al. 2022).
 
-    The first half of the channels encodes the column, the second half the row; each half is all
-    sines, then all cosines. ``cls_token`` puts a row of zeros in front.
+    The first half of the channels encodes the column, the second half the row; each half has all
+    sines, then all cosines.
+
+    Args:
+        dim: channels, a multiple of 4.
+        grid_size: tokens along each side of the grid.
+        cls_token: prepend a row of zeros for a class token.
 
     Returns:
-        (grid_size² [+ 1], dim) float32, on torch's default device.
+        (grid_size² [+ 1], dim) float32 in row-major order, on PyTorch's default device.
 
     Raises:
         UserError: if ``dim`` is not a multiple of 4.
     """
     if dim % 4:
         raise UserError(
-            f"sine-cosine positions need a width that is a multiple of 4, not {dim}; "
+            f"sine-cosine positions require a width that is a multiple of 4, got {dim}; "
             "choose another hidden_size"
         )
+    # 10000: the longest period, as in MAE.
     omega = 10000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     angle = torch.outer(torch.arange(grid_size, dtype=torch.float64), omega)
     axis = torch.cat([angle.sin(), angle.cos()], dim=1)

@@ -1,4 +1,4 @@
-"""A Hugging Face model folder, local or on the hub: its configuration and its weights."""
+"""Configuration and weights of Hugging Face model folders, local or on the hub."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from rae_xla.errors import UserError
 from rae_xla.models.weights import read_weight_file
 
-# In the order of preference; an index names the files that the weights are split over.
+# In the order of preference. An index lists the files of weights that are split.
 WEIGHT_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -28,10 +28,10 @@ DIFFUSERS_WEIGHT_FILES = (
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether ``name`` means ``owner/model`` on the hub rather than a path on this machine.
+    """Return whether ``name`` is an ``owner/model`` id on the hub rather than a local path.
 
-    A hub id has exactly one slash, does not start like a path and has no folder of the owner's
-    name here. Anything else is a path, so a mistyped path never becomes a download.
+    A hub id has exactly one slash, does not start like a path, and there is no local folder with
+    the owner's name. Everything else is a path, so that a mistyped path is never downloaded.
     """
     if name.startswith(("/", ".", "~")) or name.count("/") != 1:
         return False
@@ -39,22 +39,30 @@ def is_hub_id(name: str) -> bool:
 
 
 def find_file(folder: str, filename: str) -> Path | None:
-    """Locate a file of a model folder or hub repository; None if the model has no such file.
+    """Return the local path of a file of a model, or None if the model has no such file.
+
+    Args:
+        folder: local model folder or hub id; files on the hub are downloaded to the cache.
+        filename: name of the file in the folder.
 
     Raises:
-        UserError: if the folder or repository does not exist or cannot be reached.
+        UserError: if the folder or repository does not exist or cannot be accessed.
     """
-    path = _fetched(folder, filename) if is_hub_id(folder) else Path(folder).expanduser()
+    path = _download(folder, filename) if is_hub_id(folder) else Path(folder).expanduser()
     if not path.is_dir():
         raise UserError(
-            f"there is no model folder {folder}; give one that transformers' save_pretrained "
-            "wrote, or a hub id such as facebook/dinov2-with-registers-base"
+            f"the model folder {folder} does not exist; give a folder written by transformers' "
+            "save_pretrained, or a hub id such as facebook/dinov2-with-registers-base"
         )
     return path / filename if (path / filename).is_file() else None
 
 
 def read_json(folder: str, filename: str) -> dict[str, Any] | None:
-    """Read a JSON file of a model folder or hub repository; None if the model has no such file.
+    """Return the content of a model's JSON file, or None if the model has no such file.
+
+    Args:
+        folder: local model folder or hub id.
+        filename: name of the file in the folder.
 
     Raises:
         UserError: if the folder does not exist or the file is not a JSON object.
@@ -67,14 +75,19 @@ def read_json(folder: str, filename: str) -> dict[str, Any] | None:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not JSON ({error})") from error
     if not isinstance(values, dict):
-        raise UserError(f"{path} must hold a JSON object")
+        raise UserError(f"{path} must contain a JSON object")
     return values
 
 
 def read_weights(folder: str, files: Sequence[str] = WEIGHT_FILES) -> dict[str, Tensor]:
-    """Read all weights of a model folder or hub repository, by their names in the files.
+    """Read all weights of a model, which may be split over several files.
 
-    ``files`` are the names to look for, the preferred first.
+    Args:
+        folder: local model folder or hub id.
+        files: file names to look for, in the order of preference.
+
+    Returns:
+        Tensors on the CPU by their key in the files.
 
     Raises:
         UserError: if there are no weight files, or one of them is missing or cannot be read.
@@ -90,16 +103,17 @@ def read_weights(folder: str, files: Sequence[str] = WEIGHT_FILES) -> dict[str, 
         for part in sorted(set(index.get("weight_map", {}).values())):
             part_path = find_file(folder, part)
             if part_path is None:
-                raise UserError(f"{folder}: {filename} names {part}, which is not there")
+                raise UserError(f"{folder}: {part}, listed in {filename}, does not exist")
             weights.update(read_weight_file(part_path, "model weights"))
         return weights
-    raise UserError(f"{folder} holds no weights: expected one of {', '.join(files)}")
+    raise UserError(f"{folder} contains no weights: expected one of {', '.join(files)}")
 
 
-def _fetched(repository: str, filename: str) -> Path:
-    """Download a file of a repository unless it is cached; the folder of the cached snapshot.
+def _download(repository: str, filename: str) -> Path:
+    """Download a file of a repository to the cache; return the folder of the cached snapshot.
 
-    As a snapshot of one file, because without a network that still says which files there are.
+    ``snapshot_download`` rather than ``hf_hub_download``: without a network it returns a cached
+    snapshot even if that lacks the file, so that the caller can try another file name.
     """
     from huggingface_hub import snapshot_download
 
@@ -108,6 +122,6 @@ def _fetched(repository: str, filename: str) -> Path:
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(
-            f"{filename} of {repository} could not be had from the Hugging Face hub ({reason}); "
-            "if it is a folder on this machine, write its path with a leading ./"
+            f"cannot download {filename} of {repository} from the Hugging Face hub ({reason}); "
+            "to use a local folder of this name, start its path with ./"
         ) from error

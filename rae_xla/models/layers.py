@@ -1,50 +1,31 @@
-"""The parts a diffusion transformer is built from (DiT, Peebles & Xie 2023; LightningDiT, 2025).
+"""Layers of the diffusion transformers (DiT, Peebles & Xie 2023; LightningDiT, Yao et al. 2025).
 
-Shapes: B images, L tokens, D channels, H heads of ``head_dim`` channels. A conditioning tensor
-``c`` is always (B, Lc, D): Lc = 1 for one vector per image, Lc = L for one per token, anything
-between divides L and each row then serves L / Lc consecutive tokens.
+Shapes: B images, L tokens, D channels. A conditioning tensor ``c`` is always (B, Lc, D), where Lc
+divides L and each row of ``c`` applies to L / Lc consecutive tokens: Lc = 1 is one vector per
+image, Lc = L one vector per token.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rae_xla.errors import UserError
-from rae_xla.models.attention import attention
-
-Rope = tuple[Tensor, Tensor, Tensor]
-"""What a ``RotaryEmbedding`` returns: three (L, head_dim) tables for ``apply_rope``."""
-
-
-class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last dimension, computed in float32 (Zhang & Sennrich 2019).
-
-    The input's dtype is restored before the weight is applied, and the weight is never cast.
-    """
-
-    def __init__(self, dim: int, eps: float = 1e-6) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
-
-    def reset_parameters(self) -> None:
-        """Set the weight to one."""
-        nn.init.ones_(self.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., dim) -> (..., dim)."""
-        x32 = x.float()
-        normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
-        return normed.to(x.dtype) * self.weight
+from rae_xla.ops.attention import attention
+from rae_xla.ops.normalization import LayerNorm, RMSNorm
+from rae_xla.ops.rotary import RopeTables, apply_rope
 
 
 class FusedLinear(nn.Linear):
-    """Linear layers of one input and equal widths, stored as one: ``(parts * width, dim)``."""
+    """Linear layers with a common input and equal widths, stored as one of ``parts * width`` rows.
+
+    Args:
+        dim: input channels.
+        width: output channels of each layer.
+        parts: number of layers.
+    """
 
     def __init__(self, dim: int, width: int, parts: int) -> None:
         super().__init__(dim, parts * width)
@@ -53,8 +34,14 @@ class FusedLinear(nn.Linear):
     def forward(  # type: ignore[override]
         self, x: Tensor, heads: int | None = None
     ) -> tuple[Tensor, ...]:
-        """(..., dim) -> (..., width) of each part; cut into heads, of (B, L, dim) it makes
-        (B, heads, L, width / heads).
+        """Apply every layer to ``x``.
+
+        Args:
+            x: (..., dim); (B, L, dim) if ``heads`` is given.
+            heads: number of attention heads to split the outputs into.
+
+        Returns:
+            One output per layer: (..., width), or (B, heads, L, width / heads) with ``heads``.
         """
         parts = super().forward(x).chunk(self.parts, dim=-1)
         if heads is None:
@@ -63,7 +50,7 @@ class FusedLinear(nn.Linear):
 
 
 class SwiGLU(nn.Module):
-    """Gated feed-forward layer, both input projections fused in ``w12`` (Shazeer 2020)."""
+    """Gated feed-forward layer with both input projections fused in ``w12`` (Shazeer 2020)."""
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
@@ -71,7 +58,7 @@ class SwiGLU(nn.Module):
         self.w3 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., dim) -> (..., dim)."""
+        """Transform (..., dim)."""
         gate, value = self.w12(x)
         return self.w3(F.silu(gate) * value)
 
@@ -85,104 +72,15 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., dim) -> (..., dim)."""
+        """Transform (..., dim)."""
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
-class RotaryEmbedding(nn.Module):
-    """Rotary position tables of a square token grid (RoFormer, in two dimensions).
-
-    The first half of a head's channels turns with the token's row, the second half with its
-    column; each angle turns two adjacent channels. ``freqs_cos`` and ``freqs_sin``,
-    (grid_size², head_dim), are stored in the state dict, as published.
-    """
-
-    def __init__(self, head_dim: int, grid_size: int) -> None:
-        super().__init__()
-        if head_dim % 4:
-            raise UserError(
-                f"use_rope: head_dim {head_dim} is not a multiple of 4 (row and column each turn "
-                "pairs of channels); choose another hidden_size or num_heads"
-            )
-        self.grid_size = grid_size
-        self.freqs_cos: Tensor
-        self.freqs_sin: Tensor
-        self.register_buffer("freqs_cos", torch.empty(grid_size**2, head_dim))
-        self.register_buffer("freqs_sin", torch.empty(grid_size**2, head_dim))
-        self.reset_parameters()
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Compute the two tables."""
-        half = self.freqs_cos.shape[1] // 2
-        device = self.freqs_cos.device
-        channel = torch.arange(0, half, 2, device=device, dtype=torch.float64)
-        # 10000: the base of RoFormer and of "Attention is all you need".
-        frequency = 10000 ** -(channel / half)
-        position = torch.arange(self.grid_size, device=device, dtype=torch.float64)
-        angle = torch.outer(position, frequency).repeat_interleave(2, dim=1)
-        shape = (self.grid_size, self.grid_size, half)
-        grid = torch.cat([angle[:, None].expand(shape), angle[None].expand(shape)], dim=-1)
-        self.freqs_cos.copy_(grid.cos().flatten(0, 1))
-        self.freqs_sin.copy_(grid.sin().flatten(0, 1))
-
-    def forward(self) -> Rope:
-        """Return the tables for ``apply_rope``: cosine, and the sine split by pair member."""
-        even = torch.arange(self.freqs_sin.shape[1], device=self.freqs_sin.device) % 2 == 0
-        from_next = torch.where(even, -self.freqs_sin, 0.0)
-        from_previous = torch.where(even, 0.0, self.freqs_sin)
-        return self.freqs_cos, from_next, from_previous
-
-
-def apply_rope(x: Tensor, rope: Rope) -> Tensor:
-    """Turn each adjacent pair (a, b) of channels to (a cos - b sin, b cos + a sin).
-
-    ``x`` is (B, H, L, head_dim). With k times more tokens than table rows, each row serves k
-    consecutive tokens. The result has the dtype of ``x``.
-    """
-    repeats = x.shape[-2] // rope[0].shape[0]
-    tables = rope if repeats == 1 else [t.repeat_interleave(repeats, dim=0) for t in rope]
-    if x.device.type == "xla":
-        turned: Tensor = TurnedOnce.apply(x, *tables)
-        return turned
-    return _turn(x, *tables)
-
-
-class TurnedOnce(torch.autograd.Function):
-    """The same, with a gradient that is turned back in one go, as XLA wants it.
-
-    Of autograd's three terms XLA makes three tensors in the dtype of ``x``, for queries and keys
-    alike, written and read again, and in bf16 three roundings.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, cos: Tensor, from_next: Tensor, from_previous: Tensor
-    ) -> Tensor:
-        """(B, H, L, head_dim) and three tables (L, head_dim) -> (B, H, L, head_dim)."""
-        ctx.save_for_backward(cos, from_next, from_previous)
-        return _turn(x, cos, from_next, from_previous)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        """Turn the gradient by the transposed tables."""
-        cos, from_next, from_previous = ctx.saved_tensors
-        back = _turn(gradient, cos, from_previous.roll(-1, -1), from_next.roll(1, -1))
-        return back, None, None, None
-
-
-def _turn(x: Tensor, cos: Tensor, from_next: Tensor, from_previous: Tensor) -> Tensor:
-    # Rolling along the channels, rather than viewing them as pairs, keeps a last dimension of 2
-    # (padded to 128 lanes on TPU) out of the graph: 12% less memory traffic in two XL blocks.
-    turned = x * cos + x.roll(-1, -1) * from_next + x.roll(1, -1) * from_previous
-    return turned.to(x.dtype)
-
-
 def channels_per_head(dim: int, num_heads: int) -> int:
-    """Divide a width among the heads.
+    """Return the number of channels of one attention head.
 
     Raises:
-        UserError: if it does not divide.
+        UserError: if ``num_heads`` does not divide ``dim``.
     """
     if dim % num_heads:
         raise UserError(
@@ -193,38 +91,45 @@ def channels_per_head(dim: int, num_heads: int) -> int:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with optional query/key norm and rotary positions."""
+    """Multi-head self-attention with optional query/key norm and rotary positions.
+
+    Args:
+        dim: channels of the tokens.
+        num_heads: attention heads.
+        use_qknorm: normalise queries and keys per head.
+        use_rmsnorm: use RMSNorm for that; otherwise LayerNorm.
+    """
 
     def __init__(self, dim: int, num_heads: int, *, use_qknorm: bool, use_rmsnorm: bool) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.head_dim = channels_per_head(dim, num_heads)
-        norm = RMSNorm if use_rmsnorm else nn.LayerNorm
+        norm = RMSNorm if use_rmsnorm else LayerNorm
         self.qkv = FusedLinear(dim, dim, 3)
         self.q_norm = norm(self.head_dim) if use_qknorm else nn.Identity()
         self.k_norm = norm(self.head_dim) if use_qknorm else nn.Identity()
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, rope: Rope | None = None) -> Tensor:
-        """(B, L, dim) -> (B, L, dim)."""
+    def forward(self, x: Tensor, rope: RopeTables | None = None) -> Tensor:
+        """Mix the tokens of (B, L, dim); ``rope`` are tables for L tokens."""
         batch, length, dim = x.shape
         q, k, v = self.qkv(x, heads=self.num_heads)
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = apply_rope(q, rope), apply_rope(k, rope)
-        # Under autocast a float32 norm weight promotes q and k; attention wants one dtype.
-        mixed = attention(q.to(v.dtype), k.to(v.dtype), v)
-        return self.proj(mixed.transpose(1, 2).reshape(batch, length, dim))
+        # Under autocast a float32 norm weight promotes q and k; attention requires one dtype.
+        out = attention(q.to(v.dtype), k.to(v.dtype), v)
+        return self.proj(out.transpose(1, 2).reshape(batch, length, dim))
 
 
 def modulate(x: Tensor, shift: Tensor | None, scale: Tensor) -> Tensor:
-    """Adaptive norm's affine map ``x * (1 + scale) + shift``; no shift when it is None."""
+    """Return ``x * (1 + scale) + shift``, the affine map of an adaptive norm; None: no shift."""
     x = x * (1 + scale)
     return x if shift is None else x + shift
 
 
 def per_token(c: Tensor, length: int) -> Tensor:
-    """Repeat the rows of (B, Lc, D) to (B, length, D); a single row is left to broadcast.
+    """Repeat the rows of ``c`` (B, Lc, D) to (B, length, D); keep a single row for broadcasting.
 
     Raises:
         UserError: if Lc does not divide ``length``.
@@ -234,21 +139,28 @@ def per_token(c: Tensor, length: int) -> Tensor:
         return c
     if length % rows:
         raise UserError(
-            f"conditioning of {rows} tokens cannot be spread over {length} tokens; "
-            "give a number of tokens that divides it"
+            f"conditioning with {rows} tokens does not fit {length} tokens; "
+            f"give a number of conditioning tokens that divides {length}"
         )
     return c.repeat_interleave(length // rows, dim=1)
 
 
 def block_norm(dim: int, use_rmsnorm: bool) -> nn.Module:
-    """Build the norm before a modulation: RMSNorm, or LayerNorm without an affine map."""
-    return RMSNorm(dim) if use_rmsnorm else nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+    """Build the norm that precedes a modulation: RMSNorm, or LayerNorm without an affine map."""
+    return RMSNorm(dim) if use_rmsnorm else LayerNorm(dim, elementwise_affine=False, eps=1e-6)
 
 
 class DiTBlock(nn.Module):
     """Transformer block with adaLN-Zero conditioning (DiT, section 3.2).
 
-    ``wo_shift`` leaves the two shifts out, in the parameters too.
+    Args:
+        dim: channels of the tokens.
+        num_heads: attention heads.
+        mlp_ratio: hidden width of the feed-forward layer over ``dim``.
+        use_qknorm: normalise queries and keys per head.
+        use_swiglu: use a SwiGLU feed-forward layer; otherwise tanh-GELU.
+        use_rmsnorm: use RMSNorm; otherwise LayerNorm.
+        wo_shift: omit both shifts of the modulation, and their parameters.
     """
 
     def __init__(
@@ -268,7 +180,8 @@ class DiTBlock(nn.Module):
         self.norm2 = block_norm(dim, use_rmsnorm)
         self.attn = Attention(dim, num_heads, use_qknorm=use_qknorm, use_rmsnorm=use_rmsnorm)
         hidden = int(dim * mlp_ratio)
-        # 2/3: a gated layer has three matrices where a plain one has two (Shazeer 2020).
+        # 2/3 keeps the number of parameters: a gated layer has three matrices instead of two
+        # (Shazeer 2020).
         self.mlp = SwiGLU(dim, int(2 / 3 * hidden)) if use_swiglu else Mlp(dim, hidden)
         self.adaLN_modulation = nn.Sequential(
             nn.SiLU(), FusedLinear(dim, dim, 4 if wo_shift else 6)
@@ -276,11 +189,20 @@ class DiTBlock(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Zero the modulation, so that the block starts as the identity."""
+        """Set the modulation to zero, so that the block is initially the identity."""
         zero(self.adaLN_modulation)
 
-    def forward(self, x: Tensor, c: Tensor, rope: Rope | None) -> Tensor:
-        """x (B, L, dim), c (B, Lc, dim), rope of L tokens -> (B, L, dim)."""
+    def forward(self, x: Tensor, c: Tensor, rope: RopeTables | None) -> Tensor:
+        """Transform tokens ``x`` (B, L, dim), conditioned on ``c`` (B, Lc, dim).
+
+        Args:
+            x: tokens.
+            c: conditioning; Lc divides L.
+            rope: rotary tables for L tokens, or None for no rotary positions.
+
+        Returns:
+            (B, L, dim).
+        """
         modulation = [per_token(part, x.shape[1]) for part in self.adaLN_modulation(c)]
         shift1: Tensor | None = None
         shift2: Tensor | None = None
@@ -293,7 +215,7 @@ class DiTBlock(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Modulated norm and projection of each token to its patch."""
+    """Modulated norm, then a projection of each token to the values of its patch."""
 
     def __init__(self, dim: int, out_features: int, *, use_rmsnorm: bool) -> None:
         super().__init__()
@@ -303,12 +225,12 @@ class FinalLayer(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Zero both linears, so that the model starts by answering zero."""
+        """Set both linear layers to zero, so that the model initially predicts zero."""
         zero(self.linear)
         zero(self.adaLN_modulation)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """x (B, L, dim), c (B, Lc, dim) -> (B, L, out_features)."""
+        """Project ``x`` (B, L, dim), conditioned on ``c`` (B, Lc, dim), to (B, L, out_features)."""
         shift, scale = (per_token(part, x.shape[1]) for part in self.adaLN_modulation(c))
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
@@ -320,7 +242,7 @@ def zero(module: nn.Module) -> None:
 
 
 def xavier_linear(linear: nn.Linear) -> None:
-    """Xavier-uniform weight, zero bias."""
+    """Initialise a linear layer with a Xavier-uniform weight and a zero bias."""
     nn.init.xavier_uniform_(linear.weight)
     if linear.bias is not None:
         nn.init.zeros_(linear.bias)
@@ -329,10 +251,14 @@ def xavier_linear(linear: nn.Linear) -> None:
 def init_weights(
     model: nn.Module, linear: Callable[[nn.Linear], None] = nn.Linear.reset_parameters
 ) -> None:
-    """Draw every parameter and compute every table of ``model`` anew.
+    """Initialise every parameter and table of ``model``, as after ``to_empty``.
 
-    Needed after ``to_empty`` on a model built on the meta device. Children come first, so that a
-    parent's own choice stands.
+    Modules are reset by their ``reset_parameters``, children before parents, so that a parent can
+    override the initialisation of its children.
+
+    Args:
+        model: a model whose tensors have storage but no values.
+        linear: initialises each ``nn.Linear``.
     """
     for module in reversed(list(model.modules())):
         reset = getattr(module, "reset_parameters", None)

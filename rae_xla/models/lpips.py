@@ -1,4 +1,4 @@
-"""LPIPS: how different two images look, by the features of a frozen VGG16 (Zhang et al. 2018)."""
+"""LPIPS: perceptual distance of two images by features of a frozen VGG16 (Zhang et al. 2018)."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ from torch import Tensor, nn
 from rae_xla.errors import UserError
 from rae_xla.models.weights import is_meta, load_strict, read_weight_file
 
-# Channels of the convolutions of each part of VGG16 (Simonyan & Zisserman 2015, configuration D).
+# Output channels of the convolutions in each slice of VGG16 (Simonyan & Zisserman 2015,
+# configuration D).
 SLICES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
-# Where each part starts in torchvision's `features`.
+# Index of the first layer of each slice in torchvision's `features`.
 SLICE_STARTS = (0, 4, 9, 16, 23)
-# Mean and std of ImageNet, taken to [-1, 1] and rounded as LPIPS has them.
+# Mean and standard deviation of ImageNet for images in [-1, 1], rounded as in the lpips package.
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
-NORM_EPS = 1e-10
+NORM_EPS = 1e-10  # as in the lpips package
 
 _VGG, _LINEAR = "weights.vgg16", "weights.lpips"
 _WITHOUT = "or train without this loss: gan.loss.perceptual_weight=0"
 
 
 class ScalingLayer(nn.Module):
-    """Images in [-1, 1] to the statistics VGG16 was trained on."""
+    """Normalisation of images in [-1, 1] by the statistics of VGG16's training data."""
 
     shift: Tensor
     scale: Tensor
@@ -37,12 +38,12 @@ class ScalingLayer(nn.Module):
         self.register_buffer("scale", torch.tensor(SCALE).view(1, -1, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> the same, float32."""
+        """Normalise (B, 3, H, W), returned in float32."""
         return (images.float() - self.shift) / self.scale
 
 
 class VGG16Features(nn.Module):
-    """VGG16 up to relu5_3, cut where LPIPS looks."""
+    """VGG16 up to relu5_3, split into the slices whose outputs LPIPS compares."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,35 +56,39 @@ class VGG16Features(nn.Module):
             self.add_module(f"slice{index + 1}", nn.Sequential(*layers))
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """(B, 3, H, W) -> relu1_2, relu2_2, relu3_3, relu4_3, relu5_3, each half the size."""
+        """Return relu1_2, relu2_2, relu3_3, relu4_3 and relu5_3 of images (B, 3, H, W).
+
+        Each has half the height and width of the one before.
+        """
         maps = []
-        for part in self.children():
-            x = part(x)
+        for layers in self.children():
+            x = layers(x)
             maps.append(x)
         return maps
 
 
 class ChannelWeights(nn.Module):
-    """Learned weight of each channel's squared difference."""
+    """Learned weights of the channels' squared differences."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        # The published key is model.1.weight: index 0 is the dropout LPIPS was trained with.
+        # The published key is model.1.weight, after the dropout that LPIPS was trained with.
         self.model = nn.Sequential(nn.Identity(), nn.Conv2d(channels, 1, 1, bias=False))
 
     def forward(self, squares: Tensor) -> Tensor:
-        """(B, C, H, W) -> weighted sum over channels, mean over positions: (B,) float32."""
+        """Return the mean over positions of the weighted channel sum of (B, C, H, W): (B,)."""
         (weight,) = self.parameters()  # (1, C, 1, 1)
-        # Not as a convolution, which autocast and a TPU compute in bfloat16.
+        # No convolution, which would be computed in bfloat16 under autocast and on TPU.
         return (squares * weight.float()).sum(1).mean((1, 2))
 
 
 class LPIPS(nn.Module):
     """Learned perceptual image patch similarity (Zhang et al. 2018, section 3), frozen.
 
-    Images are (B, 3, H, W) in [-1, 1], at least 16 pixels a side. Random weights until
-    ``load_lpips`` fills them. Gradients reach the images, never the weights. Under autocast the
-    convolutions may run in bfloat16; everything else is float32.
+    Images are (B, 3, H, W) in [-1, 1] with sides of at least 16 pixels. The weights are random;
+    ``load_lpips`` builds the network with published ones. Gradients propagate to the images but
+    not to the weights. Under autocast the convolutions may run in bfloat16; everything else is
+    computed in float32.
     """
 
     def __init__(self) -> None:
@@ -95,11 +100,11 @@ class LPIPS(nn.Module):
         self.requires_grad_(False)
 
     def features(self, images: Tensor) -> list[Tensor]:
-        """Five float32 feature maps (B, C, h, w), of unit length over the channels."""
-        return [_unit(maps) for maps in self.net(self.scaling_layer(images))]
+        """Return five float32 feature maps (B, C, h, w), of unit length over the channels."""
+        return [_normalise_channels(maps) for maps in self.net(self.scaling_layer(images))]
 
     def distance(self, a: list[Tensor], b: list[Tensor]) -> Tensor:
-        """Distance (B,) between two results of ``features``."""
+        """Return the distance (B,) between two results of ``features``."""
         layers = [
             self.get_submodule(f"lin{index}")((x - y).square())
             for index, (x, y) in enumerate(zip(a, b, strict=True))
@@ -107,35 +112,35 @@ class LPIPS(nn.Module):
         return torch.stack(layers).sum(0)
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        """Distance (B,) between two batches of images; 0 for equal ones."""
+        """Return the distance (B,) between two batches of images."""
         return self.distance(self.features(a), self.features(b))
 
 
-def _unit(maps: Tensor) -> Tensor:
-    """``maps / (length + 1e-10)`` over the channels, with gradient 0 where the length is 0.
+def _normalise_channels(maps: Tensor) -> Tensor:
+    """Return ``maps / (length + 1e-10)`` over the channels, with gradient 0 where the length is 0.
 
-    The root's own derivative is infinite there, and infinity times zero is NaN: one image patch
-    that no channel answers to (a black region, say) would poison the whole gradient.
+    The derivative of the square root is infinite there, and infinity times zero is NaN: one image
+    patch without any activation, such as a black region, would make the whole gradient NaN.
     """
     maps = maps.float()
     squares = maps.square().sum(dim=1, keepdim=True)
-    present = squares > 0
-    length = torch.where(present, squares, 1.0).sqrt() + NORM_EPS
-    # 0 / inf is 0 as 0 / 1e-10 is, and so are both its derivatives.
-    return maps / torch.where(present, length, torch.inf)
+    nonzero = squares > 0
+    length = torch.where(nonzero, squares, 1.0).sqrt() + NORM_EPS
+    # 0 / inf equals 0 / 1e-10, and its derivatives are 0.
+    return maps / torch.where(nonzero, length, torch.inf)
 
 
 def load_lpips(vgg_path: str | None, linear_path: str | None) -> LPIPS:
-    """Build LPIPS with its published weights (on the meta device without them: nothing is read).
+    """Build LPIPS with published weights; on the meta device no file is read.
 
     Args:
-        vgg_path: local file with VGG16 as torchvision has it, or with a whole LPIPS; when None,
-            torchvision downloads ImageNet weights once and keeps them.
-        linear_path: local file with the linear layers as the ``lpips`` package has them; when
-            None they come from ``vgg_path`` if that is a whole LPIPS, else from the package.
+        vgg_path: local file with the state dict of torchvision's VGG16 or of LPIPS. If None,
+            torchvision downloads its ImageNet weights to its cache.
+        linear_path: local file with the linear layers of the ``lpips`` package. If None, they are
+            read from ``vgg_path`` if it contains them, otherwise from the installed package.
 
     Raises:
-        UserError: if a file is missing, cannot be had or does not fit.
+        UserError: if a file is missing, cannot be downloaded or does not match.
     """
     model = LPIPS()
     if is_meta(model):
@@ -156,34 +161,34 @@ def load_lpips(vgg_path: str | None, linear_path: str | None) -> LPIPS:
 
 
 def _vgg_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights by our names, from a file by torchvision's, LPIPS's or the lpips package's."""
-    found = {}
-    for part, position, parameter in _convolutions():
-        start = SLICE_STARTS[part - 1]
-        own = f"slice{part}.{position - start}.{parameter}"
+    """Return the state dict of ``VGG16Features`` from one of torchvision, LPIPS or ``lpips``."""
+    result = {}
+    for number, index, parameter in _convolutions():
+        key = f"slice{number}.{index - SLICE_STARTS[number - 1]}.{parameter}"
         for name in (
-            f"features.{position}.{parameter}",
-            f"net.{own}",
-            f"net.slice{part}.{position}.{parameter}",
+            f"features.{index}.{parameter}",  # torchvision
+            f"net.{key}",  # LPIPS
+            f"net.slice{number}.{index}.{parameter}",  # the lpips package
         ):
             if name in state:
-                found[own] = state[name]
-    return found
+                result[key] = state[name]
+    return result
 
 
 def _convolutions() -> Iterator[tuple[int, int, str]]:
-    """Part (from 1), index in torchvision's ``features`` and name of each parameter of VGG16."""
-    for part, (start, widths) in enumerate(zip(SLICE_STARTS, SLICES, strict=True), 1):
-        for index in range(len(widths)):
+    """Yield the slice (from 1), index in torchvision's ``features`` and name of each parameter."""
+    for number, (start, widths) in enumerate(zip(SLICE_STARTS, SLICES, strict=True), 1):
+        for convolution in range(len(widths)):
             for parameter in ("weight", "bias"):
-                yield part, start + (part > 1) + 2 * index, parameter
+                # All slices but the first start with a max pool; a ReLU follows each convolution.
+                yield number, start + (number > 1) + 2 * convolution, parameter
 
 
 def _read(path: str | Path, setting: str) -> Mapping[str, Tensor]:
     if not Path(path).expanduser().is_file():
         source = _vgg_url() if setting == _VGG else f"the lpips package ({_PACKAGE_FILE})"
         raise UserError(
-            f"{setting}: there is no file {path}; get it from {source} and give it as "
+            f"{setting}: {path} does not exist; get the file from {source} and set "
             f"{setting}=FILE, {_WITHOUT}"
         )
     state: Any = read_weight_file(path, setting)
@@ -201,17 +206,17 @@ def _vgg_url() -> str:
 
 
 def _vgg_from_torchvision() -> tuple[Mapping[str, Tensor], str]:
-    # Imported here: torchvision is slow to import and only this needs it.
+    # Imported here because torchvision is slow to import and only needed in this case.
     try:
         from torchvision.models import VGG16_Weights
 
         weights = VGG16_Weights.IMAGENET1K_V1
         return weights.get_state_dict(check_hash=True), f"torchvision's {weights}"
-    except Exception as error:  # no network, another hash, or a broken file in the cache
+    except Exception as error:  # no network, a wrong hash, or a corrupt file in the cache
         reason = str(error).strip().split("\n")[0]
         raise UserError(
-            f"VGG16 of LPIPS could not be had from {_vgg_url()} ({reason}); download that file "
-            f"and give it as {_VGG}=FILE, {_WITHOUT}"
+            f"cannot download the VGG16 weights of LPIPS from {_vgg_url()} ({reason}); download "
+            f"the file elsewhere and set {_VGG}=FILE, {_WITHOUT}"
         ) from error
 
 
@@ -219,14 +224,14 @@ _PACKAGE_FILE = "lpips/weights/v0.1/vgg.pth"
 
 
 def _package_file() -> Path:
-    # Found without importing the package, which brings scipy and torchvision's models along.
+    # Located without importing the package, which would import scipy and torchvision's models.
     spec = importlib.util.find_spec("lpips")
-    places = spec.submodule_search_locations if spec is not None else None
-    files = [Path(place).parent / _PACKAGE_FILE for place in places or ()]
-    found = next((file for file in files if file.is_file()), None)
-    if found is None:
+    folders = spec.submodule_search_locations if spec is not None else None
+    files = [Path(folder).parent / _PACKAGE_FILE for folder in folders or ()]
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
         raise UserError(
             f"the linear layers of LPIPS ({_PACKAGE_FILE}) are not installed; "
-            f"`pip install lpips`, or give the file as {_LINEAR}=FILE, {_WITHOUT}"
+            f"`pip install lpips`, or set {_LINEAR}=FILE, {_WITHOUT}"
         )
-    return found
+    return file

@@ -1,70 +1,54 @@
-"""The representation autoencoder: a frozen encoder, a trained decoder, normalised latents."""
+"""Representation autoencoder: a frozen encoder, a trained decoder and normalised latents."""
 
 from __future__ import annotations
 
-import difflib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from rae_xla.errors import UserError
-from rae_xla.models.encoders import (
-    DINOv2Encoder,
-    FrozenEncoder,
-    MAEEncoder,
-    SigLIP2Encoder,
-    image_mean_std,
-)
-from rae_xla.models.resize import resize_bicubic
-from rae_xla.models.vit_decoder import ViTDecoder
+from rae_xla.errors import UserError, did_you_mean
+from rae_xla.models.decoder import ViTDecoder
+from rae_xla.models.encoders import ENCODERS, FrozenEncoder, read_image_statistics
+from rae_xla.models.pretrained.latent_statistics import read_latent_statistics
+from rae_xla.models.pretrained.mixin import PretrainedAutoencoder
 from rae_xla.models.weights import is_meta, load_strict, read_weight_file
+from rae_xla.ops.resize import resize_bicubic
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-# Our names and the published ones.
-ENCODERS: dict[str, type[FrozenEncoder]] = {
-    "DINOv2Encoder": DINOv2Encoder,
-    "Dinov2withNorm": DINOv2Encoder,
-    "SigLIP2Encoder": SigLIP2Encoder,
-    "SigLIP2wNorm": SigLIP2Encoder,
-    "MAEEncoder": MAEEncoder,
-    "MAEwNorm": MAEEncoder,
-}
-HUB_FILES = "nyu-visionx/RAE-collections"
+HUB_REPOSITORY = "nyu-visionx/RAE-collections"
 
 
-class RAE(nn.Module):
+class RAE(PretrainedAutoencoder):
     """Representation autoencoder (Zheng et al. 2025, section 3).
 
-    Images are floats in [0, 1], shape (B, 3, H, W). Latents are (B, C, h, w), or tokens (B, N, C)
-    without ``reshape_to_2d``. State-dict keys are the published ones: ``encoder.*`` and
-    ``decoder.*``; image and latent statistics are not in the state dict.
+    Images are floats in [0, 1] of shape (B, 3, H, W). Latents are maps (B, C, h, w), or tokens
+    (B, N, C) without ``reshape_to_2d``. State-dict keys are the published ones, ``encoder.*`` and
+    ``decoder.*``; image and latent statistics are buffers outside the state dict.
 
-    The encoder stays frozen and in eval mode; ``train()`` concerns the decoder and the noise.
+    The encoder is frozen and always in eval mode; ``train()`` affects the decoder and the noise.
 
     On the meta device (``with torch.device("meta")``) only configurations are read, no weights.
 
     Args:
-        encoder_cls: which encoder, by our name or the published one (``ENCODERS``).
-        encoder_config_path: model folder or hub id of the image processor (mean and std); or, on
+        encoder_cls: our name or the published name of the encoder, a key of ``ENCODERS``.
+        encoder_config_path: model folder or hub id that defines the image normalisation; or, on
             the meta device, the encoder's configuration.
-        encoder_input_size: side in pixels that images are resized to for the encoder.
-        encoder_params: arguments of the encoder; without a path, ``encoder_config_path`` is used.
-        decoder_config_path: folder or file of a ``vit_mae`` config.json, or its settings.
+        encoder_input_size: size in pixels that images are resized to for the encoder.
+        encoder_params: arguments of the encoder. Its model folder is ``encoder_config_path`` by
+            default.
+        decoder_config_path: ``config.json`` of a ``vit_mae`` model, its folder, or its content.
         decoder_patch_size: side of a decoded patch in pixels.
-        pretrained_decoder_path: weight file of the decoder alone; random weights when None.
+        pretrained_decoder_path: weight file of the decoder alone; random weights if None.
         noise_tau: strength of the noise added to tokens in train mode (section 4.3); 0 for none.
         reshape_to_2d: whether latents are maps rather than tokens.
-        normalization_stat_path: file with ``var`` and maybe ``mean`` of the latents.
+        normalization_stat_path: file with ``var`` and optionally ``mean`` of the latents.
         eps: added to ``var`` before the square root.
 
     Raises:
-        UserError: if a name, size, folder or file is wrong; the message says which.
+        UserError: if a name, size, folder or file is invalid.
     """
 
     encoder_mean: Tensor
@@ -88,7 +72,7 @@ class RAE(nn.Module):
     ) -> None:
         super().__init__()
         if noise_tau < 0:
-            raise UserError(f"noise_tau must not be negative, got {noise_tau}")
+            raise UserError(f"noise_tau must be at least 0, got {noise_tau}")
         if not isinstance(encoder_config_path, Mapping):
             encoder_config_path = str(encoder_config_path)
         self.encoder_input_size = encoder_input_size
@@ -117,7 +101,7 @@ class RAE(nn.Module):
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of one image: the square of the latent grid's side."""
+        """Number of tokens of one image."""
         return self.grid**2
 
     @property
@@ -127,24 +111,29 @@ class RAE(nn.Module):
 
     @property
     def image_size(self) -> int:
-        """Side in pixels of the images that ``decode`` returns."""
+        """Height and width in pixels of the images that ``decode`` returns."""
         return self.grid * self.decoder.config.patch_size
 
     @torch.no_grad()
     def encode(self, images: Tensor, noise: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """Encode images (B, 3, H, W) in [0, 1] to normalised latents.
+        """Encode images to normalised latents.
 
-        Images of another size than ``encoder_input_size`` are resized to it, bicubically and
-        whatever their aspect. In train mode with ``noise_tau`` > 0 each token gets
-        ``noise_tau * level * normal``: ``noise`` gives the two draws, level (B,) from U[0, 1) and
-        normal (B, N, C); drawn from torch's generator when None. Ignored in eval mode.
+        Images of another size than ``encoder_input_size`` are resized to it bicubically, without
+        preserving the aspect ratio. In train mode, ``add_noise`` is applied to the tokens.
+
+        Args:
+            images: (B, 3, H, W) in [0, 1].
+            noise: random numbers for ``add_noise``; ignored in eval mode.
+
+        Returns:
+            (B, C, h, w), or (B, N, C) without ``reshape_to_2d``.
 
         Raises:
             UserError: if ``images`` has another shape.
         """
         if images.ndim != 4 or images.shape[1] != self.encoder_mean.shape[1]:
             raise UserError(
-                f"RAE.encode takes images of shape (batch, {self.encoder_mean.shape[1]}, height, "
+                f"RAE.encode expects images of shape (batch, {self.encoder_mean.shape[1]}, height, "
                 f"width), got {tuple(images.shape)}"
             )
         tokens = self.encode_tokens(images)
@@ -154,12 +143,18 @@ class RAE(nn.Module):
 
     @torch.no_grad()
     def encode_tokens(self, images: Tensor) -> Tensor:
-        """The encoder's tokens (B, N, C) of images (B, 3, H, W) in [0, 1], without noise."""
+        """Encode images (B, 3, H, W) in [0, 1] to tokens (B, N, C), without noise."""
         images = resize_bicubic(images, self.encoder_input_size)
         return self.encoder((images - self.encoder_mean) / self.encoder_std)
 
     def add_noise(self, tokens: Tensor, noise: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """Tokens (B, N, C) with the noise of training, see ``encode``."""
+        """Add ``noise_tau * level * normal`` to tokens, as in training (section 4.3).
+
+        Args:
+            tokens: (B, N, C).
+            noise: ``level`` (B,), uniform in [0, 1), and ``normal`` (B, N, C), standard normal. If
+                None, they are generated with PyTorch's global generator.
+        """
         if noise is None:
             level = torch.rand(tokens.shape[0], 1, 1, dtype=tokens.dtype, device=tokens.device)
             noise = level, torch.randn_like(tokens)
@@ -167,7 +162,7 @@ class RAE(nn.Module):
         return tokens + self.noise_tau * level.reshape(-1, 1, 1) * normal
 
     def to_latents(self, tokens: Tensor) -> Tensor:
-        """Tokens (B, N, C) laid out and normalised as latents."""
+        """Arrange tokens (B, N, C) as latents and normalise them."""
         if self.reshape_to_2d:
             tokens = tokens.transpose(1, 2).unflatten(2, (self.grid, self.grid))
         if self.latent_mean is not None:
@@ -175,7 +170,13 @@ class RAE(nn.Module):
         return tokens if self.latent_std is None else tokens / self.latent_std
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Decode latents to images (B, 3, image_size, image_size), not clamped to [0, 1].
+        """Decode latents to images.
+
+        Args:
+            latents: (B, C, h, w), or (B, N, C) without ``reshape_to_2d``.
+
+        Returns:
+            (B, 3, image_size, image_size), not clamped to [0, 1].
 
         Raises:
             UserError: if the latents have another shape.
@@ -183,7 +184,7 @@ class RAE(nn.Module):
         if latents.ndim != (4 if self.reshape_to_2d else 3):
             shape = "(batch, C, h, w)" if self.reshape_to_2d else "(batch, N, C)"
             raise UserError(
-                f"RAE.decode takes latents of shape {shape}, got {tuple(latents.shape)}"
+                f"RAE.decode expects latents of shape {shape}, got {tuple(latents.shape)}"
             )
         if self.latent_std is not None:
             _check_shape(self.latent_std, latents.shape[1:], "the latents to decode")
@@ -199,15 +200,19 @@ class RAE(nn.Module):
         return self.decode(self.encode(images, noise))
 
     def set_image_statistics(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        """Replace the mean and standard deviation of the encoder's images, per channel."""
+        """Set the mean and standard deviation, per channel, that normalise the encoder's images."""
         self.register_buffer("encoder_mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("encoder_std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
 
     def set_latent_statistics(self, mean: Tensor | None, std: Tensor | None) -> None:
-        """Replace the mean and standard deviation that latents are normalised with; None: leave it.
+        """Set the mean and standard deviation that normalise latents.
+
+        Args:
+            mean: broadcastable to one image's latents, or None for no shift.
+            std: broadcastable to one image's latents, or None for no scale.
 
         Raises:
-            UserError: if they are of another shape than the latents.
+            UserError: if a shape does not match the latents.
         """
         channels, height, width = self.latent_size
         shape = self.latent_size if self.reshape_to_2d else (height * width, channels)
@@ -217,36 +222,11 @@ class RAE(nn.Module):
         self.register_buffer("latent_mean", mean, persistent=False)
         self.register_buffer("latent_std", std, persistent=False)
 
-    @classmethod
-    def from_pretrained(cls, name: str | Path, **options: Any) -> RAE:
-        """Load a folder that ``save_pretrained`` or diffusers wrote, or a published autoencoder.
-
-        Args:
-            name: a folder, a hub id, or a published name such as ``rae-dinov2-b-256``.
-            **options: see ``rae_xla.interop.pretrained.load_rae``.
-
-        Raises:
-            UserError: there is nothing of the kind, or it does not fit together.
-        """
-        from rae_xla.interop.pretrained import load_rae
-
-        return load_rae(name, **options)
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write a folder for ``from_pretrained``: config.json, weights, statistics, manifest.json.
-
-        Raises:
-            UserError: it is there already, or cannot be written.
-        """
-        from rae_xla.interop.pretrained import save_rae
-
-        save_rae(self, folder)
-
     def _read_image_statistics(self, folder: str | Mapping[str, Any]) -> None:
         if is_meta(self) or isinstance(folder, Mapping):
             self.set_image_statistics([0.0] * 3, [1.0] * 3)
         else:
-            self.set_image_statistics(*image_mean_std(folder))
+            self.set_image_statistics(*read_image_statistics(folder))
 
     def _read_latent_statistics(self, path: str | None, eps: float) -> None:
         mean: Tensor | None = None
@@ -264,32 +244,12 @@ class RAE(nn.Module):
             raise UserError(f"normalization_stat_path {path}: {error}") from None
 
 
-def read_latent_statistics(path: str | Path) -> tuple[Tensor | None, Tensor]:
-    """Read a statistics file (.pt, .safetensors): ``mean`` (None if it has none) and ``var``.
-
-    Raises:
-        UserError: if the file is missing, cannot be read, or has no usable ``var``.
-    """
-    values = read_weight_file(path, "normalization_stat_path")
-    if not isinstance(values, Mapping) or not isinstance(values.get("var"), Tensor):
-        raise UserError(
-            f"normalization_stat_path: {path} has no `var` (a tensor with the variance of each "
-            "latent element); `rae-xla stats` writes such a file"
-        )
-    mean, var = values.get("mean"), values["var"].float()
-    if mean is not None and not isinstance(mean, Tensor):
-        raise UserError(f"normalization_stat_path: `mean` in {path} is not a tensor")
-    if not bool((var >= 0).all()):
-        raise UserError(f"normalization_stat_path: `var` in {path} has negative or NaN values")
-    return (None if mean is None else mean.float()), var
-
-
 def _build_encoder(
     name: str, folder: str | Mapping[str, Any], input_size: int, params: dict[str, Any]
 ) -> FrozenEncoder:
     if name not in ENCODERS:
         raise UserError(
-            f"unknown encoder_cls {name!r}{_nearest(name, ENCODERS)}; "
+            f"unknown encoder_cls {name!r}{did_you_mean(name, ENCODERS)}; "
             f"choose one of {', '.join(ENCODERS)}"
         )
     encoder_cls = ENCODERS[name]
@@ -297,56 +257,56 @@ def _build_encoder(
     for key in params:
         if key not in known:
             raise UserError(
-                f"encoder_params: {name} has no {key!r}{_nearest(key, known)}; "
-                f"it takes {', '.join(known)}"
+                f"encoder_params: {name} has no parameter {key!r}{did_you_mean(key, known)}; "
+                f"its parameters are {', '.join(known)}"
             )
-    path = known[0]  # each encoder's first argument is its folder
-    return encoder_cls(**{path: folder, "input_size": input_size, **params})
+    path = known[0]  # the first parameter of each encoder is its model folder
+    encoder = encoder_cls(**{path: folder, "input_size": input_size, **params})
+    encoder.options = {key: value for key, value in params.items() if key != path}
+    encoder.eval()  # its submodules too, whatever its constructor does
+    return encoder
 
 
 def _load_decoder(decoder: ViTDecoder, path: str) -> None:
-    what = "pretrained_decoder_path"
+    key = "pretrained_decoder_path"
     if not Path(path).expanduser().is_file() and path.startswith("models/"):
         raise UserError(
-            f"{what}: there is no file {path}; published weights are had with "
-            f"`hf download {HUB_FILES} {path.removeprefix('models/')} --local-dir models`"
+            f"{key}: {path} does not exist; download published weights by `hf download "
+            f"{HUB_REPOSITORY} {path.removeprefix('models/')} --local-dir models`"
         )
     if Path(path).expanduser().is_dir():
         raise UserError(
-            f"{what}: {path} is a folder; if it is a training checkpoint, `rae-xla export decoder "
-            f"--ckpt {path} --out decoder.pt` takes the decoder out of it"
+            f"{key}: {path} is a folder; if it is a training checkpoint, extract the decoder by "
+            f"`rae-xla checkpoints export {path} --what decoder --out decoder.pt`"
         )
-    state = read_weight_file(path, what)
+    state = read_weight_file(path, key)
     if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
         kind = "a training checkpoint" if _is_checkpoint(state) else "not a state dict"
         raise UserError(
-            f"{what}: {path} is {kind}; it must hold the decoder's weights alone: `rae-xla "
-            f"export decoder --ckpt {path} --out decoder.pt` takes them out of the checkpoint; or "
-            "give that as stage_1.ckpt"
+            f"{key}: {path} is {kind}, but must contain the decoder's weights only; extract them "
+            f"from a checkpoint by `rae-xla checkpoints export {path} --what decoder --out "
+            "decoder.pt`, or set stage_1.ckpt to the checkpoint"
         )
-    if any(key.startswith("decoder.") for key in state):
+    if any(name.startswith("decoder.") for name in state):
         raise UserError(
-            f"{what}: {path} holds a whole RAE (keys such as decoder.decoder_embed.weight); "
-            "export the decoder first, or give the file as stage_1.ckpt"
+            f"{key}: {path} contains a complete RAE (keys such as decoder.decoder_embed.weight); "
+            "export the decoder first, or set stage_1.ckpt to this file"
         )
-    load_strict(decoder, state, f"{what}: {path}")
+    load_strict(decoder, state, f"{key}: {path}")
 
 
 def _is_checkpoint(state: Any) -> bool:
     return isinstance(state, Mapping) and bool({"model", "ema", "optimizer"} & state.keys())
 
 
-def _check_shape(statistics: Tensor, shape: tuple[int, ...] | torch.Size, what: str) -> None:
+def _check_shape(statistics: Tensor, shape: tuple[int, ...] | torch.Size, name: str) -> None:
+    """Raise if statistics do not broadcast to ``shape``, that of the latents called ``name``."""
     try:
         fits = torch.broadcast_shapes(statistics.shape, tuple(shape)) == torch.Size(shape)
     except RuntimeError:
         fits = False
     if not fits:
         raise UserError(
-            f"{what} have shape {tuple(shape)} but the latent statistics {tuple(statistics.shape)}"
+            f"{name} have shape {tuple(shape)}, but the latent statistics have "
+            f"shape {tuple(statistics.shape)}"
         )
-
-
-def _nearest(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean {close[0]}?)" if close else ""

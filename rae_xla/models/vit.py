@@ -1,7 +1,7 @@
-"""Pre-norm vision-transformer blocks, parameters named as in the published checkpoints.
+"""Pre-norm vision-transformer blocks whose parameters are named as in published checkpoints.
 
-Three families: ViT-MAE (also the decoder), DINOv2 and SigLIP. The arithmetic is the same, the names
-are not, and names are what a checkpoint is read by.
+There are three families: ViT-MAE (which the decoder uses too), DINOv2 and SigLIP. They compute the
+same, but their checkpoints name the parameters differently.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rae_xla.errors import UserError
-from rae_xla.models.attention import attention
+from rae_xla.ops.attention import attention
+from rae_xla.ops.normalization import LayerNorm
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -27,8 +28,22 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @dataclass(frozen=True)
-class ViTShape:
-    """Sizes and options of one transformer block."""
+class ViTBlockConfig:
+    """Sizes and options of one transformer block.
+
+    Attributes:
+        width: channels of the tokens.
+        num_heads: attention heads.
+        mlp_width: hidden channels of the MLP.
+        norm_eps: epsilon of the layer norms.
+        qkv_bias: whether the query, key and value projections have a bias.
+        activation: activation of the MLP, a key of ``ACTIVATIONS``.
+        dropout: dropout probability after attention and MLP.
+        attention_dropout: dropout probability of the attention weights.
+
+    Raises:
+        UserError: if ``num_heads`` does not divide ``width``, or the activation is unknown.
+    """
 
     width: int
     num_heads: int
@@ -42,7 +57,7 @@ class ViTShape:
     def __post_init__(self) -> None:
         if self.width % self.num_heads:
             raise UserError(
-                f"a transformer width of {self.width} cannot be split over {self.num_heads} "
+                f"a transformer width of {self.width} is not divisible by {self.num_heads} "
                 "attention heads; choose a number of heads that divides it"
             )
         if self.activation not in ACTIVATIONS:
@@ -51,20 +66,20 @@ class ViTShape:
             )
 
 
-def attend(
+def multi_head_attention(
     query: Tensor, key: Tensor, value: Tensor, num_heads: int, dropout: float = 0.0
 ) -> Tensor:
-    """Multi-head softmax attention over (B, N, width) projections."""
+    """Compute multi-head softmax attention of projections (B, N, width)."""
 
-    def heads(x: Tensor) -> Tensor:
+    def split_heads(x: Tensor) -> Tensor:
         return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
-    mixed = attention(heads(query), heads(key), heads(value), dropout)
-    return mixed.transpose(1, 2).flatten(2)
+    out = attention(split_heads(query), split_heads(key), split_heads(value), dropout)
+    return out.transpose(1, 2).flatten(2)
 
 
 class _Dense(nn.Module):
-    """A linear layer that checkpoints call ``dense``."""
+    """A linear layer whose parameters are named ``dense.*`` in checkpoints."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -75,42 +90,42 @@ class _Dense(nn.Module):
 
 
 class _QueryKeyValue(nn.Module):
-    def __init__(self, shape: ViTShape) -> None:
+    def __init__(self, config: ViTBlockConfig) -> None:
         super().__init__()
-        self.query = nn.Linear(shape.width, shape.width, bias=shape.qkv_bias)
-        self.key = nn.Linear(shape.width, shape.width, bias=shape.qkv_bias)
-        self.value = nn.Linear(shape.width, shape.width, bias=shape.qkv_bias)
+        self.query = nn.Linear(config.width, config.width, bias=config.qkv_bias)
+        self.key = nn.Linear(config.width, config.width, bias=config.qkv_bias)
+        self.value = nn.Linear(config.width, config.width, bias=config.qkv_bias)
 
 
 class ViTAttention(nn.Module):
-    """Self-attention with separate query, key and value maps (ViT-MAE and DINOv2 names)."""
+    """Self-attention with separate query, key and value layers (ViT-MAE and DINOv2 names)."""
 
-    def __init__(self, shape: ViTShape) -> None:
+    def __init__(self, config: ViTBlockConfig) -> None:
         super().__init__()
-        self.shape = shape
-        self.attention = _QueryKeyValue(shape)
-        self.output = _Dense(shape.width, shape.width)
+        self.config = config
+        self.attention = _QueryKeyValue(config)
+        self.output = _Dense(config.width, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix the tokens of (B, N, width)."""
-        maps = self.attention
-        dropout = self.shape.attention_dropout if self.training else 0.0
-        mixed = attend(maps.query(x), maps.key(x), maps.value(x), self.shape.num_heads, dropout)
-        return self.output(mixed)
+        projections = self.attention
+        dropout = self.config.attention_dropout if self.training else 0.0
+        query, key, value = projections.query(x), projections.key(x), projections.value(x)
+        return self.output(multi_head_attention(query, key, value, self.config.num_heads, dropout))
 
 
 class ViTMAELayer(nn.Module):
-    """One block of ViT-MAE (He et al. 2022): pre-norm attention, then a two-layer MLP."""
+    """Block of ViT-MAE (He et al. 2022): pre-norm attention, then a two-layer MLP."""
 
-    def __init__(self, shape: ViTShape) -> None:
+    def __init__(self, config: ViTBlockConfig) -> None:
         super().__init__()
-        self.attention = ViTAttention(shape)
-        self.intermediate = _Dense(shape.width, shape.mlp_width)
-        self.output = _Dense(shape.mlp_width, shape.width)
-        self.layernorm_before = nn.LayerNorm(shape.width, eps=shape.norm_eps)
-        self.layernorm_after = nn.LayerNorm(shape.width, eps=shape.norm_eps)
-        self.dropout = nn.Dropout(shape.dropout)
-        self.activation = ACTIVATIONS[shape.activation]
+        self.attention = ViTAttention(config)
+        self.intermediate = _Dense(config.width, config.mlp_width)
+        self.output = _Dense(config.mlp_width, config.width)
+        self.layernorm_before = LayerNorm(config.width, eps=config.norm_eps)
+        self.layernorm_after = LayerNorm(config.width, eps=config.norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
+        self.activation = ACTIVATIONS[config.activation]
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform (B, N, width)."""
@@ -131,11 +146,11 @@ class _LayerScale(nn.Module):
 class ViTMlp(nn.Module):
     """Two-layer MLP (DINOv2 and SigLIP names)."""
 
-    def __init__(self, shape: ViTShape) -> None:
+    def __init__(self, config: ViTBlockConfig) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(shape.width, shape.mlp_width)
-        self.fc2 = nn.Linear(shape.mlp_width, shape.width)
-        self.activation = ACTIVATIONS[shape.activation]
+        self.fc1 = nn.Linear(config.width, config.mlp_width)
+        self.fc2 = nn.Linear(config.mlp_width, config.width)
+        self.activation = ACTIVATIONS[config.activation]
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform (..., width)."""
@@ -143,13 +158,13 @@ class ViTMlp(nn.Module):
 
 
 class DINOv2SwiGLU(nn.Module):
-    """Gated MLP of the giant DINOv2: two thirds of the MLP width, rounded up to 8."""
+    """SwiGLU MLP of DINOv2 giant; its width is 2/3 of the MLP's, rounded up to a multiple of 8."""
 
-    def __init__(self, shape: ViTShape) -> None:
+    def __init__(self, config: ViTBlockConfig) -> None:
         super().__init__()
-        hidden = (int(shape.mlp_width * 2 / 3) + 7) // 8 * 8
-        self.weights_in = nn.Linear(shape.width, 2 * hidden)
-        self.weights_out = nn.Linear(hidden, shape.width)
+        hidden = (int(config.mlp_width * 2 / 3) + 7) // 8 * 8
+        self.weights_in = nn.Linear(config.width, 2 * hidden)
+        self.weights_out = nn.Linear(hidden, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform (..., width)."""
@@ -158,16 +173,16 @@ class DINOv2SwiGLU(nn.Module):
 
 
 class DINOv2Layer(nn.Module):
-    """One block of DINOv2 (Oquab et al. 2023): pre-norm, each branch scaled per channel."""
+    """Block of DINOv2 (Oquab et al. 2023): pre-norm, with a learned scale per channel."""
 
-    def __init__(self, shape: ViTShape, *, use_swiglu: bool = False) -> None:
+    def __init__(self, config: ViTBlockConfig, *, use_swiglu: bool = False) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(shape.width, eps=shape.norm_eps)
-        self.attention = ViTAttention(shape)
-        self.layer_scale1 = _LayerScale(shape.width)
-        self.norm2 = nn.LayerNorm(shape.width, eps=shape.norm_eps)
-        self.mlp = DINOv2SwiGLU(shape) if use_swiglu else ViTMlp(shape)
-        self.layer_scale2 = _LayerScale(shape.width)
+        self.norm1 = LayerNorm(config.width, eps=config.norm_eps)
+        self.attention = ViTAttention(config)
+        self.layer_scale1 = _LayerScale(config.width)
+        self.norm2 = LayerNorm(config.width, eps=config.norm_eps)
+        self.mlp = DINOv2SwiGLU(config) if use_swiglu else ViTMlp(config)
+        self.layer_scale2 = _LayerScale(config.width)
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform (B, N, width)."""
@@ -176,28 +191,28 @@ class DINOv2Layer(nn.Module):
 
 
 class _SigLIPAttention(nn.Module):
-    def __init__(self, shape: ViTShape) -> None:
+    def __init__(self, config: ViTBlockConfig) -> None:
         super().__init__()
-        self.num_heads = shape.num_heads
-        self.k_proj = nn.Linear(shape.width, shape.width)
-        self.v_proj = nn.Linear(shape.width, shape.width)
-        self.q_proj = nn.Linear(shape.width, shape.width)
-        self.out_proj = nn.Linear(shape.width, shape.width)
+        self.num_heads = config.num_heads
+        self.k_proj = nn.Linear(config.width, config.width)
+        self.v_proj = nn.Linear(config.width, config.width)
+        self.q_proj = nn.Linear(config.width, config.width)
+        self.out_proj = nn.Linear(config.width, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
-        mixed = attend(self.q_proj(x), self.k_proj(x), self.v_proj(x), self.num_heads)
-        return self.out_proj(mixed)
+        query, key, value = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        return self.out_proj(multi_head_attention(query, key, value, self.num_heads))
 
 
 class SigLIPLayer(nn.Module):
-    """One block of the SigLIP vision tower (Zhai et al. 2023)."""
+    """Block of the SigLIP vision tower (Zhai et al. 2023)."""
 
-    def __init__(self, shape: ViTShape) -> None:
+    def __init__(self, config: ViTBlockConfig) -> None:
         super().__init__()
-        self.layer_norm1 = nn.LayerNorm(shape.width, eps=shape.norm_eps)
-        self.self_attn = _SigLIPAttention(shape)
-        self.layer_norm2 = nn.LayerNorm(shape.width, eps=shape.norm_eps)
-        self.mlp = ViTMlp(shape)
+        self.layer_norm1 = LayerNorm(config.width, eps=config.norm_eps)
+        self.self_attn = _SigLIPAttention(config)
+        self.layer_norm2 = LayerNorm(config.width, eps=config.norm_eps)
+        self.mlp = ViTMlp(config)
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform (B, N, width)."""

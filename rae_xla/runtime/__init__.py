@@ -1,4 +1,4 @@
-"""Where it runs: one small interface, one file per backend."""
+"""Backends: where a run computes, behind one interface (``rae_xla.runtime.backend.Backend``)."""
 
 from __future__ import annotations
 
@@ -6,119 +6,78 @@ import importlib.util
 import logging
 import os
 from types import ModuleType
-from typing import TYPE_CHECKING, Protocol, cast
-
-import torch
+from typing import TYPE_CHECKING, cast
 
 from rae_xla.errors import UserError
-from rae_xla.runtime.interface import Batch, Runtime
-from rae_xla.runtime.launch import read_launch
+from rae_xla.runtime.accelerators import torch_device
+from rae_xla.runtime.backend import Backend, Batch
+from rae_xla.runtime.process_group import read_launch
 
 if TYPE_CHECKING:
-    from rae_xla.config import MeshConfig
+    from rae_xla.config import MeshConfig, RuntimeConfig
 
-__all__ = ["Batch", "Runtime", "start"]
-
-
-class _RuntimeSettings(Protocol):
-    @property
-    def backend(self) -> str: ...
-    @property
-    def precision(self) -> str: ...
-    @property
-    def remat(self) -> float: ...
-    @property
-    def scan(self) -> bool: ...
-    @property
-    def attention(self) -> str: ...
-    @property
-    def compile(self) -> bool: ...
-    @property
-    def compile_cache(self) -> str | None: ...
-    @property
-    def devices(self) -> int | None: ...
+__all__ = ["Backend", "Batch", "start"]
 
 
 def start(
-    settings: _RuntimeSettings, mesh: MeshConfig, *, seed: int = 0, same_bits: bool = False
-) -> Runtime:
-    """Start the backend a run asks for; once per process, before any tensor is made.
+    runtime: RuntimeConfig, mesh: MeshConfig, *, seed: int = 0, same_bits: bool = False
+) -> Backend:
+    """Start the backend of a run; once per process, before any tensor is created.
 
-    ``auto`` takes TPU, then CUDA, then XLA on CPU where torch_xla is installed, then plain torch;
-    several processes that torchrun started on CPUs are plain torch's.
+    ``auto`` prefers TPUs, then an accelerator of PyTorch, then XLA on the CPU if torch_xla is
+    installed, then PyTorch on the CPU. Processes that torchrun started use PyTorch.
 
     Args:
-        settings: the ``runtime`` section.
+        runtime: the ``runtime`` section of the configuration.
         mesh: the ``mesh`` section.
-        seed: of torch's own generator.
-        same_bits: on a CPU, XLA rounds alike on any number of devices up to ``xla.LEAST_THREADS``
-            or the cores; it may be slower by a tenth.
+        seed: of torch's default generator.
+        same_bits: on a CPU, make XLA's results independent of the number of devices, up to
+            ``REPRODUCIBLE_THREADS`` of ``runtime.xla.backend`` or the number of cores; up to a
+            tenth slower.
 
     Raises:
-        UserError: when the backend is not installed or the mesh does not fit the devices.
+        UserError: the backend is not installed, or the mesh does not fit the devices.
     """
-    backend = choose_backend() if settings.backend == "auto" else settings.backend
+    backend = choose_backend() if runtime.backend == "auto" else runtime.backend
     if backend == "xla":
         if importlib.util.find_spec("torch_xla") is None:
             raise UserError(
                 "runtime.backend is xla but torch_xla is not installed: run install_spmd.sh, or "
                 "set runtime.backend=torch"
             )
-        return cast(
-            "Runtime",
-            _xla().XLARuntime(
-                mesh=mesh,
-                precision=settings.precision,
-                remat=settings.remat,
-                scan=settings.scan,
-                attention=settings.attention,
-                seed=seed,
-                devices=settings.devices,
-                compile_cache=settings.compile_cache,
-                same_bits=same_bits,
-            ),
-        )
-    if settings.attention == "flash":
+        xla = _import_xla_backend()
+        return cast("Backend", xla.XLABackend(runtime, mesh, seed=seed, same_bits=same_bits))
+    if runtime.attention == "flash":
         raise UserError(
-            "runtime.attention is flash, but its kernels run on TPUs alone, and this run's backend "
-            "is torch, whose own attention is fused: set runtime.attention=auto"
+            "runtime.attention is flash, but its kernels run only on TPUs, and the backend of this "
+            "run is torch, whose own attention is fused: set runtime.attention=auto"
         )
     launch = read_launch()
     if launch.count == 1:
-        from rae_xla.runtime.torch import TorchRuntime
+        from rae_xla.runtime.torch.backend import TorchBackend
 
-        return TorchRuntime(
-            mesh=mesh,
-            precision=settings.precision,
-            remat=settings.remat,
-            compile_graphs=settings.compile,
-            seed=seed,
-        )
-    from rae_xla.runtime.torch_processes import TorchProcesses
+        return TorchBackend(runtime, mesh, seed=seed)
+    from rae_xla.runtime.torch.distributed_backend import DistributedTorchBackend
 
-    return TorchProcesses(
-        launch,
-        mesh=mesh,
-        precision=settings.precision,
-        remat=settings.remat,
-        compile_graphs=settings.compile,
-        seed=seed,
-    )
+    return DistributedTorchBackend(launch, runtime, mesh, seed=seed)
 
 
 def choose_backend() -> str:
-    """``xla`` or ``torch``, from what the machine has."""
+    """Return ``xla`` or ``torch``, whichever suits the devices of this machine."""
     if importlib.util.find_spec("torch_xla") is None:
         return "torch"
-    several = read_launch().count > 1  # by torchrun, which starts no XLA runs
-    if not _xla().on_tpu() and (torch.cuda.is_available() or several):
-        return "torch"
-    return "xla"
+    if _import_xla_backend().on_tpu():
+        return "xla"
+    started_by_torchrun = read_launch().count > 1
+    has_accelerator = torch_device().type != "cpu"
+    return "torch" if has_accelerator or started_by_torchrun else "xla"
 
 
-def _xla() -> ModuleType:
-    """Import the XLA backend without what it prints: a line per compilation about a partitioner to
-    come, and which device it takes, which the run says itself. Nothing a user could act on.
+def _import_xla_backend() -> ModuleType:
+    """Import the XLA backend and silence messages of torch_xla that a user cannot act on.
+
+    Those are a line about a future partitioner at every compilation, and the name of the device,
+    which the run prints itself.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     logging.getLogger("torch_xla.backends").setLevel(logging.ERROR)
@@ -126,6 +85,6 @@ def _xla() -> ModuleType:
     level = root.level
     root.setLevel(logging.ERROR)
     try:
-        return importlib.import_module("rae_xla.runtime.xla")
+        return importlib.import_module("rae_xla.runtime.xla.backend")
     finally:
         root.setLevel(level)

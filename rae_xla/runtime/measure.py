@@ -1,4 +1,4 @@
-"""How fast the devices of a run multiply, and how fast they add up over each other."""
+"""Speed tests of the devices of a run: matrix products and all-reduces."""
 
 from __future__ import annotations
 
@@ -7,67 +7,62 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from rae_xla.runtime.interface import Runtime
+from rae_xla.runtime.backend import Backend
 
 REPEATS = 10
 
 
-def matmul_speed(runtime: Runtime, size: int) -> float:
-    """FLOP/s per device of products of ``size`` x ``size`` matrices, one on each device.
+def matmul_speed(backend: Backend, size: int) -> float:
+    """Return the FLOP/s of each device in products of ``size`` x ``size`` matrices.
 
-    In bf16, on a CPU in fp32, which is what it is good at.
+    Every device multiplies its own matrices, in bf16; on a CPU in fp32, for which CPUs have
+    fast instructions.
     """
-    dtype = torch.float32 if _on_cpu(runtime) else torch.bfloat16
-    # scaled so that products of products stay what they are in size
-    host = torch.randn(_own_rows(runtime), size, size).mul_(size**-0.5).to(dtype)
-    matrices = runtime.put({"matrices": host})["matrices"]
-    product = runtime.compile(torch.bmm)
-    return 2 * size**3 / _seconds(runtime, lambda: product(matrices, matrices))
+    dtype = torch.float32 if backend.on_cpu else torch.bfloat16
+    # Scaled so that products of products keep their magnitude.
+    host = torch.randn(_rows_per_process(backend), size, size).mul_(size**-0.5).to(dtype)
+    matrices = backend.shard_batch({"matrices": host})["matrices"]
+    product = backend.compile(torch.bmm)
+    return 2 * size**3 / _seconds(backend, lambda: product(matrices, matrices))
 
 
-def all_reduce_speed(runtime: Runtime, size: int) -> float | None:
-    """Bytes/s that each device sends while ``size`` fp32 numbers of every device are added up.
+def all_reduce_speed(backend: Backend, size: int) -> float | None:
+    """Return the bytes/s that each device sends in an all-reduce of ``size`` fp32 numbers.
 
-    Counted as a ring would send them, 2 (n - 1) / n times their bytes. None for one device alone.
+    A ring is assumed: each device sends 2 (n - 1) / n times the bytes of its numbers.
+
+    Returns:
+        The speed, or None for a single device.
     """
-    count = _devices(runtime)
+    count = backend.mesh.batch_shards
     if count == 1:
         return None
-    if runtime.backend == "xla":
-        # every device has a row; the sum that each of them is to have is an all-reduce
-        host = torch.ones(_own_rows(runtime), size)
-        rows = runtime.put({"rows": host})["rows"]
-        total = runtime.compile(lambda x: x.sum(0))
-        seconds = _seconds(runtime, lambda: total(rows))
+    if backend.name == "xla":
+        # Every device has one row; the sum over rows, replicated, is an all-reduce.
+        host = torch.ones(_rows_per_process(backend), size)
+        rows = backend.shard_batch({"rows": host})["rows"]
+        total = backend.compile(lambda x: x.sum(0))
+        seconds = _seconds(backend, lambda: total(rows))
     else:
-        import torch.distributed as dist
-
-        own = torch.ones(size, device=runtime.device)
-        seconds = _seconds(runtime, lambda: dist.all_reduce(own, op=dist.ReduceOp.MAX))
+        own = torch.ones(size, device=backend.device)
+        seconds = _seconds(backend, lambda: dist.all_reduce(own, op=dist.ReduceOp.MAX))
     return 2 * (count - 1) / count * 4 * size / seconds
 
 
-def _devices(runtime: Runtime) -> int:
-    """Among which rows are split: those of the ``tensor`` axis hold the same."""
-    return runtime.mesh.batch_parts
+def _rows_per_process(backend: Backend) -> int:
+    """One row for each shard of the batch; the devices of the ``tensor`` axis have the same."""
+    return max(1, backend.mesh.batch_shards // backend.process_count)
 
 
-def _own_rows(runtime: Runtime) -> int:
-    return max(1, _devices(runtime) // runtime.process_count)
-
-
-def _on_cpu(runtime: Runtime) -> bool:
-    return runtime.device.type == "cpu" or (runtime.backend == "xla" and runtime.chip() is None)
-
-
-def _seconds(runtime: Runtime, work: Callable[[], Any]) -> float:
-    """Of one call, the first ones left out."""
+def _seconds(backend: Backend, work: Callable[[], Any]) -> float:
+    """Return the time of one call, after a warm-up call."""
     results: list[Tensor | None] = [work()]
-    runtime.synchronize()
+    backend.synchronize()
     start = time.perf_counter()
     for _ in range(REPEATS):
-        results.append(work())  # kept: what nobody holds need not be computed
-    runtime.synchronize()
+        results.append(work())  # kept, because XLA does not compute results that are dropped
+    backend.synchronize()
     return (time.perf_counter() - start) / REPEATS

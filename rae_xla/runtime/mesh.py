@@ -1,4 +1,4 @@
-"""The device mesh: how the batch and the state are split over the devices of a run."""
+"""The device mesh: how many devices share the batch and the state, and along which axes."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ if TYPE_CHECKING:
     from rae_xla.config import MeshConfig
 
 AXES = ("data", "fsdp", "tensor")
-"""The axes of a mesh, the slowest first: neighbours on the last one are nearest to each other."""
+"""Axes of the mesh, the slowest first: devices adjacent on the last axis have the fastest links."""
 
 BATCH = ("data", "fsdp")
-"""The axes that the batch is split over."""
+"""Axes that the batch is split over."""
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,11 @@ class MeshShape:
     """A mesh of ``slices * data * fsdp * tensor`` devices.
 
     Attributes:
-        data: replicas of the state within a slice.
-        fsdp: devices that share one copy of the state and split the batch.
-        tensor: devices that share one copy of the state and of the batch, and split the layers.
-        slices: replicas of all that, joined by the data centre's network.
+        data: number of copies of the state within a slice.
+        fsdp: number of devices that share one copy of the state and split the batch.
+        tensor: number of devices that share one copy of the state and the same rows, and split the
+            layers.
+        slices: number of slices, each with the devices above; a data-centre network connects them.
     """
 
     data: int
@@ -36,16 +37,16 @@ class MeshShape:
     @property
     def size(self) -> int:
         """Number of devices."""
-        return self.batch_parts * self.tensor
+        return self.batch_shards * self.tensor
 
     @property
-    def batch_parts(self) -> int:
-        """Equal parts that the batch is cut into."""
+    def batch_shards(self) -> int:
+        """Number of equal shards of the batch."""
         return self.slices * self.data * self.fsdp
 
     @property
     def axis_sizes(self) -> dict[str, int]:
-        """Devices along each axis of the whole mesh; slices are on the data axis."""
+        """Number of devices along each axis; slices are part of the data axis."""
         return {"data": self.slices * self.data, "fsdp": self.fsdp, "tensor": self.tensor}
 
     def __str__(self) -> str:
@@ -55,14 +56,14 @@ class MeshShape:
 
 
 def resolve_mesh(settings: MeshConfig, devices: int) -> MeshShape:
-    """Fill in an axis given as -1 and check that the mesh covers every device.
+    """Return the mesh of a run, with an axis of -1 filled in.
 
     Args:
-        settings: sizes of the axes; -1 is all devices that remain.
-        devices: of the run, over all hosts.
+        settings: the ``mesh`` section of the configuration.
+        devices: number of devices of the run, over all hosts.
 
     Raises:
-        UserError: when the axes do not multiply to the number of devices.
+        UserError: the product of the axes is not the number of devices.
     """
     slices = settings.dcn.data
     sizes = {axis: getattr(settings.ici, axis) for axis in AXES}
@@ -70,7 +71,7 @@ def resolve_mesh(settings: MeshConfig, devices: int) -> MeshShape:
     if len(open_axes) > 1:
         raise UserError(
             f"mesh.ici.{open_axes[0]} and mesh.ici.{open_axes[1]} are both -1: only one axis can "
-            "take the devices that remain; give the others a size"
+            "take the remaining devices; give the other a size"
         )
     given = slices
     for size in sizes.values():
@@ -79,9 +80,9 @@ def resolve_mesh(settings: MeshConfig, devices: int) -> MeshShape:
         sizes[open_axes[0]] = devices // given
         given = devices
     if min(*sizes.values(), slices) < 1 or given != devices:
-        said = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
+        ici = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
         raise UserError(
-            f"mesh: dcn.data={slices} x ici ({said}) does not make the {devices} devices of this "
-            "run; change a size in mesh.ici (-1 means: all that remain) or mesh.dcn.data"
+            f"mesh: dcn.data={slices} x ici ({ici}) does not match the {devices} devices of this "
+            "run; change a size in mesh.ici (-1: all remaining devices) or mesh.dcn.data"
         )
     return MeshShape(**sizes, slices=slices)

@@ -1,86 +1,187 @@
-"""Processes that torchrun has started, one for each device, and what they tell each other."""
+"""The processes of a run: how they find each other, and the text they exchange.
+
+There is one ``torch.distributed`` process group for each run, whose CPU part is gloo. Both backends
+use it; a run of one process has none.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from rae_xla.errors import UserError
-from rae_xla.runtime.launch import Launch
 
-PATIENCE = timedelta(minutes=30)
-"""How long a process waits for the slowest: another may be downloading weights, or compiling."""
+TIMEOUT = timedelta(minutes=30)
+"""How long a process waits for the slowest one, which may be downloading weights or compiling."""
+
+DEFAULT_PORT = 12354
+"""Port of process 0 if ``MASTER_PORT`` is not set; torch_xla's own rendezvous uses 12355."""
 
 
-def choose_device(launch: Launch) -> torch.device:
-    """The GPU of this process, where there are any; else the CPU.
+class ProcessLostError(UserError):
+    """Another process of the run ended or does not answer; the run can be started again."""
+
+    exit_status = 1
+
+
+@dataclass(frozen=True)
+class Launch:
+    """The place of this process among those that torchrun started, one for each device.
+
+    Attributes:
+        index: number of the process, from 0.
+        count: number of processes, over all hosts.
+        local_index: number of the process on its host, from 0; also the number of its device.
+    """
+
+    index: int = 0
+    count: int = 1
+    local_index: int = 0
+
+
+def read_launch(environment: Mapping[str, str] = os.environ) -> Launch:
+    """Read torchrun's environment variables; without them, this is the only process.
 
     Raises:
-        UserError: there are more processes on this host than GPUs.
+        UserError: there are several processes, and a variable is missing or not a number.
     """
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    if launch.local_index >= torch.cuda.device_count():
+    count = environment.get("WORLD_SIZE", "1")
+    if count == "1":
+        return Launch()
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in names if not environment.get(name)]
+    wrong = [name for name in names[:3] if not environment.get(name, "0").isdigit()]
+    if missing or wrong:
+        problem = f"{missing[0]} is not set" if missing else f"{wrong[0]} is not a number"
         raise UserError(
-            f"this is process {launch.local_index + 1} on this machine, which has "
-            f"{torch.cuda.device_count()} GPUs: give torchrun --nproc-per-node "
-            f"{torch.cuda.device_count()}"
+            f"WORLD_SIZE is {count}, so this is one of several processes, but {problem}: start the "
+            "run with torchrun, which sets all the variables, or unset WORLD_SIZE"
         )
-    device = torch.device("cuda", launch.local_index)
-    torch.cuda.set_device(device)
-    return device
+    rank, size, local = (int(environment[name]) for name in names[:3])
+    return Launch(rank, size, local)
 
 
-def join(device: torch.device) -> None:
-    """Find the other processes: NCCL carries what is on GPUs, gloo what is on CPUs.
+def join_torchrun(device: torch.device, timeout: timedelta = TIMEOUT) -> None:
+    """Join the processes that torchrun started.
+
+    Gloo carries tensors on CPUs, and the default library of the accelerator (NCCL for CUDA) those
+    on its devices.
 
     Raises:
-        UserError: they do not come.
+        UserError: the processes do not find each other in time.
     """
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    backend = "gloo"
+    if device.type != "cpu":
+        backend += f",{device.type}:{dist.get_default_backend_for_device(device)}"
+        backend = f"cpu:{backend}"
     try:
-        dist.init_process_group(backend, timeout=PATIENCE)
+        dist.init_process_group(backend, timeout=timeout)
     except dist.DistError as error:
-        reason = str(error).strip().partition("\n")[0]
         raise UserError(
-            "the processes of this run do not find each other at "
-            f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} ({reason}): see that "
-            "torchrun was started on every host with the same --rdzv-endpoint and --nnodes"
+            "the processes of this run did not find each other at "
+            f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} ({_reason(error)}): "
+            "check that torchrun was started on every host with the same --rdzv-endpoint and "
+            "--nnodes"
         ) from error
 
 
-def new_group() -> dist.ProcessGroup:
-    """A group of all processes that talks about what is on CPUs; each must ask for it."""
-    return dist.new_group(backend="gloo", timeout=PATIENCE)
+def join_hosts(
+    index: int, count: int, address: str = "localhost", timeout: timedelta = TIMEOUT
+) -> None:
+    """Join the processes of a run that torchrun did not start, one on each host.
+
+    Does nothing for a single process. Process 0 listens on the port after ``MASTER_PORT``, so that
+    ``MASTER_PORT`` itself stays free for others.
+
+    Args:
+        index: number of this process, from 0.
+        count: number of processes.
+        address: host of process 0; ``MASTER_ADDR`` overrides it.
+        timeout: how long to wait for the others, here and in every exchange.
+
+    Raises:
+        UserError: the processes do not find each other in time, or the port is invalid or taken.
+    """
+    if count == 1:
+        return
+    address, port = os.environ.get("MASTER_ADDR") or address, _port()
+    try:
+        store = dist.TCPStore(address, port, count, is_master=index == 0, timeout=timeout)
+        dist.init_process_group("gloo", store=store, rank=index, world_size=count, timeout=timeout)
+    except (dist.DistError, RuntimeError) as error:
+        others = "process 0" if index else f"the {count - 1} other processes"
+        raise UserError(
+            f"process {index} of {count} did not find {others} at {address}:{port} within "
+            f"{timeout.total_seconds():.0f} s ({_reason(error)}): check that the run was started "
+            "once on every host, that MASTER_ADDR (if set) is the address of process 0, and that "
+            "the port is free there and open between the hosts"
+        ) from error
 
 
-def exchange(text: str) -> list[str]:
-    """Every process's ``text``, by process."""
+def _port() -> int:
+    named = os.environ.get("MASTER_PORT")
+    if not named:
+        return DEFAULT_PORT
+    if not named.isdigit():
+        raise UserError(f"MASTER_PORT is {named!r}; it must be the number of a port")
+    return int(named) + 1
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of an error of torch.distributed, without the C++ stack trace."""
+    return str(error).strip().partition("\n")[0]
+
+
+@contextmanager
+def lost_processes_named() -> Iterator[None]:
+    """Turn the errors that torch raises when a peer ends or stops answering into one message.
+
+    Raises:
+        ProcessLostError: a collective operation inside the context failed.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        raise ProcessLostError(
+            f"process {dist.get_rank()} of {dist.get_world_size()} lost the connection to another "
+            f"process ({_reason(error)}): look for the first error in the logs of the other hosts, "
+            "and start the run again on all of them"
+        ) from error
+
+
+def all_gather_text(text: str) -> list[str]:
+    """Return the ``text`` of every process, in the order of the processes.
+
+    Every process must call it. A single process gets its own text back.
+
+    Raises:
+        ProcessLostError: another process ended, or did not call it in time.
+    """
+    if not dist.is_initialized():
+        return [text]
     texts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(texts, text)
+    with lost_processes_named():
+        dist.all_gather_object(texts, text)
     return texts
 
 
-def mean(values: Sequence[Tensor]) -> list[Tensor]:
-    """Means over the processes, float32, with one message for all values."""
-    if not values:
-        return []
-    flat = torch.cat([value.detach().float().reshape(-1) for value in values])
-    dist.all_reduce(flat)
-    flat /= dist.get_world_size()
-    parts = flat.split([value.numel() for value in values])
-    return [part.view(value.shape) for part, value in zip(parts, values, strict=True)]
+def new_gloo_group(timeout: timedelta = TIMEOUT) -> dist.ProcessGroup | None:
+    """Create another gloo group of all processes; None for a single process.
 
+    Every process must call it. Threads that communicate while training does need a group of their
+    own, because the operations of a group are matched by their order.
 
-def gather_rows(rows: Tensor) -> Tensor:
-    """The rows of all processes, (count * B, ...), in their order, of (B, ...) in each."""
-    rows = rows.contiguous()
-    whole = rows.new_empty((dist.get_world_size() * len(rows), *rows.shape[1:]))
-    dist.all_gather_into_tensor(whole, rows)
-    return whole
+    Raises:
+        ProcessLostError: another process ended, or did not call it in time.
+    """
+    if not dist.is_initialized():
+        return None
+    with lost_processes_named():
+        return dist.new_group(backend="gloo", timeout=timeout)

@@ -1,21 +1,21 @@
-"""Sharding rules: which dimension of which parameter is split over which axis of the mesh.
+"""Sharding rules: map parameter names to mesh axes.
 
-The rules are data, YAML files in ``configs/sharding``, one for the networks it names::
+The rules are YAML files in ``configs/sharding``. Each file names the networks that it is for::
 
     networks: [DiTDH, LightningDiT]
     parameters:
-      - pattern: '\\.w12\\.weight$'        # found in the parameter's name
-        spec: [[fsdp, tensor], null]      # how it is stored: an entry for each dimension
-        else: [null, [fsdp, tensor]]      # where that does not divide evenly
-        used: [tensor, null]              # how a layer computes with it; left out: whole
+      - pattern: '\\.w12\\.weight$'        # searched for in the name of the parameter
+        spec: [[fsdp, tensor], null]      # how it is stored: one entry for each dimension
+        else: [null, [fsdp, tensor]]      # used instead if spec does not divide the shape evenly
+        used: [tensor, null]              # how a layer computes with it; default: replicated
     activations:
-      - pattern: '^blocks\\.\\d+$'          # found in the name of the module that returns it
-        spec: [batch]                     # entries left out are null; batch is [data, fsdp]
-    blocks: '^blocks\\.\\d+$'              # the modules it is a stack of
+      - pattern: '^blocks\\.\\d+$'          # searched for in the name of the module
+        spec: [batch]                     # of its output; batch stands for [data, fsdp]
+    blocks: '^blocks\\.\\d+$'              # the modules that the network is a stack of
 
-The first rule found decides. A rule that matches nothing in its network is an error, and so is a
-large parameter that no rule matches or that cannot be split as its rule says: either would cost
-memory or bytes sent in silence.
+Missing entries of a spec are null. The first matching rule decides. A rule that matches nothing in
+its network is an error, and so is a large parameter that no rule matches or that cannot be sharded
+as its rule requires: both would waste memory or bandwidth silently.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ import yaml
 from torch import nn
 
 from rae_xla.errors import UserError
+from rae_xla.runtime.blocks import unstacked_names
 from rae_xla.runtime.mesh import AXES, BATCH
-from rae_xla.runtime.stacked import names_in
 
 Entry = str | tuple[str, ...] | None
 PartitionSpec = tuple[Entry, ...]
-"""For each dimension the axis or axes that split it; dimensions left out are whole."""
+"""For each dimension the axis or axes that shard it; missing dimensions are not sharded."""
 
 LARGE = 2**20
-"""Elements from which a parameter must be covered by a rule: 4 MB in float32."""
+"""Number of elements from which a parameter needs a rule: 4 MB in float32."""
 
 
 @dataclass(frozen=True)
 class ParameterRule:
-    """How parameters whose names hold ``pattern`` are stored and used; see the module."""
+    """How parameters whose names match ``pattern`` are stored and used; see the module."""
 
     pattern: str
     spec: PartitionSpec
@@ -54,7 +54,7 @@ class ParameterRule:
 
 @dataclass(frozen=True)
 class ActivationRule:
-    """How what modules return is split, and the gradient of it."""
+    """How the outputs of modules are sharded, and their gradients."""
 
     pattern: str
     spec: PartitionSpec
@@ -72,7 +72,12 @@ class NetworkRules:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a parameter lives and how it is used, one entry for each of its dimensions."""
+    """How one parameter is sharded.
+
+    Attributes:
+        stored: on the devices, one entry for each dimension.
+        used: when a layer computes with it, one entry for each dimension.
+    """
 
     stored: PartitionSpec
     used: PartitionSpec
@@ -80,12 +85,12 @@ class Placement:
 
 @dataclass(frozen=True)
 class Shardings:
-    """What the rules say of every parameter and module of a model.
+    """The rules applied to one module.
 
     Attributes:
-        parameters: by name.
-        activations: the spec of what a module returns, by the module's name.
-        blocks: the names of the modules that networks are stacks of, in their order.
+        parameters: placement of every parameter, by its name.
+        activations: spec of a module's output, by the name of the module.
+        blocks: names of the modules that networks are stacks of, in order.
     """
 
     parameters: dict[str, Placement]
@@ -94,31 +99,35 @@ class Shardings:
 
 
 def load_rules(paths: Iterable[str]) -> dict[str, NetworkRules]:
-    """Read rule files, or all of a folder; by the class names of the networks.
+    """Read sharding rules.
 
-    Of two files that name the same network, the later one counts. A path that does not exist here
-    is looked for in the checkout the package lies in.
+    Args:
+        paths: files, or folders whose ``*.yaml`` files are read. A relative path is searched for
+            in the current folder, then in the checkout that contains this package.
+
+    Returns:
+        Rules by the class name of the network. Of two files for one network the later counts.
 
     Raises:
-        UserError: a file is missing or not of the form above.
+        UserError: a file is missing or invalid.
     """
     rules: dict[str, NetworkRules] = {}
     for path in paths:
         found = _find(path)
         for file in sorted(found.glob("*.yaml")) if found.is_dir() else [found]:
-            networks, of_file = _read(file)
-            rules.update(dict.fromkeys(networks, of_file))
+            networks, network_rules = _read(file)
+            rules.update(dict.fromkeys(networks, network_rules))
     return rules
 
 
 def _find(path: str) -> Path:
-    here, beside = Path(path), Path(__file__).parents[2] / path
-    for place in (here, beside):
-        if place.exists():
-            return place
+    checkout = Path(__file__).parents[2]
+    for found in (Path(path), checkout / path):
+        if found.exists():
+            return found
     raise UserError(
-        f"mesh.sharding: {path} does not exist, neither here ({Path.cwd()}) nor beside the package "
-        f"({beside.parent}): give files of sharding rules, or a folder of them"
+        f"mesh.sharding: {path} does not exist in {Path.cwd()} or {checkout}: name files of "
+        "sharding rules, or folders of them"
     )
 
 
@@ -126,7 +135,9 @@ def _read(file: Path) -> tuple[list[str], NetworkRules]:
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"sharding rules {file} cannot be read: {error}") from error
+        raise UserError(
+            f"sharding rules {file} cannot be read ({error}): correct the file"
+        ) from error
     known = {"networks", "parameters", "activations", "blocks"}
     if not isinstance(content, Mapping) or set(content) - known or not content.get("networks"):
         raise UserError(
@@ -161,20 +172,21 @@ def _pattern(rule: Any, file: Path, needed: set[str], allowed: set[str] | None =
     keys = set(rule) if isinstance(rule, Mapping) else set()
     if not needed <= keys <= needed | (allowed or set()):
         raise UserError(
-            f"sharding rules {file}: {rule!r} is no rule: expected the keys "
+            f"sharding rules {file}: {rule!r} is not a rule: expected the keys "
             f"{', '.join(sorted(needed))}"
-            + (f", and if need be {', '.join(sorted(allowed))}" if allowed else "")
+            + (f", and optionally {', '.join(sorted(allowed))}" if allowed else "")
         )
     try:
         return re.compile(rule["pattern"]).pattern
     except (re.error, TypeError) as error:
         raise UserError(
-            f"sharding rules {file}: pattern {rule['pattern']!r} is no regular expression: {error}"
+            f"sharding rules {file}: pattern {rule['pattern']!r} is not a regular expression: "
+            f"{error}"
         ) from error
 
 
 def _spec(value: Any, rule: Any, file: Path) -> PartitionSpec:
-    """Entries as YAML has them; ``batch`` stands for the axes of the batch."""
+    """Convert the YAML value of a spec; ``batch`` stands for the axes of the batch."""
     spec: list[Entry] = []
     seen: list[str] = []
     for entry in value if isinstance(value, list) else [value]:
@@ -187,25 +199,28 @@ def _spec(value: Any, rule: Any, file: Path) -> PartitionSpec:
         spec.append(axes[0] if len(axes) == 1 else tuple(axes))
     if not isinstance(value, list) or set(seen) - set(AXES) or len(seen) != len(set(seen)):
         raise UserError(
-            f"sharding rules {file}, pattern {rule['pattern']!r}: {value!r} is no partition spec: "
-            f"expected a list with an entry for each dimension: null, one of {', '.join(AXES)}, "
-            "batch, or a list of these, each axis at most once"
+            f"sharding rules {file}, pattern {rule['pattern']!r}: {value!r} is not a partition "
+            f"spec: expected a list with one entry for each dimension (null, one of "
+            f"{', '.join(AXES)}, batch, or a list of these), each axis at most once"
         )
     return tuple(spec)
 
 
 def shard_count(entry: Entry, axis_sizes: Mapping[str, int]) -> int:
-    """Parts that an entry of a spec cuts its dimension into."""
-    axes = () if entry is None else (entry,) if isinstance(entry, str) else entry
-    return math.prod(axis_sizes[axis] for axis in axes)
+    """Return the number of shards that one entry of a spec divides its dimension into."""
+    return math.prod(axis_sizes[axis] for axis in entry_axes(entry))
+
+
+def entry_axes(entry: Entry) -> tuple[str, ...]:
+    """Return the axes of one entry of a spec; none for null."""
+    return () if entry is None else (entry,) if isinstance(entry, str) else entry
 
 
 def without_single_axes(spec: PartitionSpec, axis_sizes: Mapping[str, int]) -> PartitionSpec:
-    """A spec without the axes that have one device: they split nothing."""
+    """Return a spec without the axes of one device, which shard nothing."""
     entries: list[Entry] = []
     for entry in spec:
-        names = () if entry is None else (entry,) if isinstance(entry, str) else entry
-        axes = tuple(axis for axis in names if axis_sizes[axis] > 1)
+        axes = tuple(axis for axis in entry_axes(entry) if axis_sizes[axis] > 1)
         entries.append(None if not axes else axes[0] if len(axes) == 1 else axes)
     return tuple(entries)
 
@@ -213,32 +228,32 @@ def without_single_axes(spec: PartitionSpec, axis_sizes: Mapping[str, int]) -> P
 def resolve_shardings(
     module: nn.Module, rules: Mapping[str, NetworkRules], axis_sizes: Mapping[str, int]
 ) -> Shardings:
-    """Find the networks in a module and apply their rules.
+    """Apply the rules to every network in a module.
 
-    A parameter belongs to the innermost network around it that has rules. What belongs to none is
-    whole on every device, and may not be large if it is trained.
+    The rules of a parameter are those of the innermost network that contains it. A parameter in no
+    network is replicated; it must be small, or frozen.
 
     Args:
-        module: a network, or what holds several.
-        rules: by class name.
-        axis_sizes: devices along each axis.
+        module: a network, or a module that contains networks.
+        rules: by the class name of the network.
+        axis_sizes: number of devices along each axis.
 
     Raises:
-        UserError: a rule matches nothing, or a large parameter is not covered.
+        UserError: a rule matches nothing, or a large parameter cannot be sharded by the rules.
     """
     networks = find_networks(module, rules)
     result = Shardings({}, {}, [])
     matched: set[tuple[str, str]] = set()
 
     for stored_name, parameter in module.named_parameters():
-        name, *others = names_in(stored_name)
+        name, *others = unstacked_names(stored_name)  # others: the parameter is stacked
         network, inner = _network_of(name, networks)
         shape = tuple(parameter.shape[1:] if others else parameter.shape)
         if network is None:
             if parameter.requires_grad and parameter.numel() >= LARGE:
                 raise UserError(
-                    f"no sharding rules cover {name} {shape}: add its network's class to a file of "
-                    "mesh.sharding"
+                    f"no sharding rules cover {name} {shape}: add the class of its network to a "
+                    "file of mesh.sharding"
                 )
             result.parameters[stored_name] = Placement(*[(None,) * parameter.dim()] * 2)
             continue
@@ -248,14 +263,14 @@ def resolve_shardings(
         elif parameter.numel() >= LARGE:
             raise UserError(
                 f"{networks[network].file}: no rule matches {inner} {shape}: add one (spec: [] "
-                "keeps a copy on every device)"
+                "replicates it)"
             )
         placement = _placement(inner, shape, rule, axis_sizes, networks[network].file)
         if others:
             placement = Placement((None, *placement.stored), (None, *placement.used))
         result.parameters[stored_name] = placement
     for stored_name, _ in module.named_modules():
-        name = names_in(stored_name)[0]
+        name = unstacked_names(stored_name)[0]
         network, inner = _network_of(name, networks, within=False)
         activation = _first(networks[network].activations, inner) if network is not None else None
         if network is not None and activation is not None:
@@ -265,21 +280,31 @@ def resolve_shardings(
         if network is not None and blocks is not None and re.search(blocks, inner):
             matched.add((network, blocks))
             result.blocks.append(stored_name)
-    for network, of_network in networks.items():
-        patterns = [rule.pattern for rule in of_network.parameters]
-        patterns += [rule.pattern for rule in of_network.activations]
-        for pattern in [*patterns, *filter(None, [of_network.blocks])]:
-            if (network, pattern) not in matched:
-                what = type(module.get_submodule(network)).__name__
-                raise UserError(
-                    f"{of_network.file}: pattern {pattern!r} matches nothing in {what}, or "
-                    "only what an earlier rule takes: correct or remove it"
-                )
+    _raise_unmatched(module, networks, matched)
     return result
 
 
+def _raise_unmatched(
+    module: nn.Module, networks: Mapping[str, NetworkRules], matched: set[tuple[str, str]]
+) -> None:
+    """Raise if a pattern of a network was not used."""
+    for network, network_rules in networks.items():
+        patterns = [rule.pattern for rule in network_rules.parameters]
+        patterns += [rule.pattern for rule in network_rules.activations]
+        for pattern in [*patterns, *filter(None, [network_rules.blocks])]:
+            if (network, pattern) not in matched:
+                class_name = type(module.get_submodule(network)).__name__
+                raise UserError(
+                    f"{network_rules.file}: pattern {pattern!r} matches nothing in {class_name}, "
+                    "or only names that an earlier rule matches: correct or remove it"
+                )
+
+
 def find_networks(module: nn.Module, rules: Mapping[str, NetworkRules]) -> dict[str, NetworkRules]:
-    """The modules that have rules, by name; a subclass (FSDP2 makes one) has its parent's."""
+    """Return the rules of every network in a module, by its name.
+
+    A subclass has the rules of its parent; FSDP2 makes a subclass of each class that it shards.
+    """
     found: dict[str, NetworkRules] = {}
     for name, child in module.named_modules():
         known = [base.__name__ for base in type(child).__mro__ if base.__name__ in rules]
@@ -291,7 +316,7 @@ def find_networks(module: nn.Module, rules: Mapping[str, NetworkRules]) -> dict[
 def _network_of(
     name: str, networks: Mapping[str, NetworkRules], *, within: bool = True
 ) -> tuple[str | None, str]:
-    """The innermost network that holds a parameter or module, and its name inside it."""
+    """Return the innermost network that contains a parameter or module, and the name within it."""
     parts = name.split(".") if name else []
     for length in range(len(parts) - (1 if within else 0), -1, -1):
         prefix = ".".join(parts[:length])
@@ -311,9 +336,9 @@ def _placement(
     axis_sizes: Mapping[str, int],
     file: str,
 ) -> Placement:
-    whole: PartitionSpec = (None,) * len(shape)
+    replicated: PartitionSpec = (None,) * len(shape)
     if rule is None:
-        return Placement(whole, whole)
+        return Placement(replicated, replicated)
     used, *options = (
         without_single_axes(_padded(spec, shape, name, file), axis_sizes)
         for spec in (rule.used, rule.spec, rule.otherwise)
@@ -323,17 +348,18 @@ def _placement(
         if all(s % shard_count(e, axis_sizes) == 0 for s, e in zip(shape, spec, strict=True)):
             return Placement(spec, used)
     if math.prod(shape) < LARGE:
-        return Placement(whole, used)
+        return Placement(replicated, used)
     sizes = ", ".join(f"{axis} {size}" for axis, size in axis_sizes.items())
     raise UserError(
-        f"{name} {shape} cannot be split evenly over the mesh ({sizes}) as {file} says: choose "
-        "axes that divide its width (fewer on mesh.ici.fsdp, the others on mesh.ici.data)"
+        f"{name} {shape} does not divide evenly over the mesh ({sizes}) by the rules of {file}: "
+        "choose axes that divide its width (a smaller mesh.ici.fsdp, a larger mesh.ici.data)"
     )
 
 
 def _padded(spec: PartitionSpec, shape: tuple[int, ...], name: str, file: str) -> PartitionSpec:
     if len(spec) > len(shape):
         raise UserError(
-            f"{file}: the spec of {name} has {len(spec)} entries, but its shape is {shape}"
+            f"{file}: the spec of {name} has {len(spec)} entries, but its shape is {shape}: "
+            "give one entry for each dimension"
         )
     return spec + (None,) * (len(shape) - len(spec))

@@ -1,4 +1,4 @@
-"""The state of a run on its way to a checkpoint: this process's part of it, on the host."""
+"""Copies of the training state in host memory, ready to be written to a checkpoint."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class HostShard:
-    """A box cut out of a tensor.
+    """A rectangular part of a tensor.
 
     Attributes:
-        data: on the CPU; nothing on the devices can change it any more.
-        offsets: where its first element lies in the whole tensor, by dimension.
+        data: on the CPU; later updates on the devices do not change it.
+        offsets: index of its first element in the full tensor, by dimension.
     """
 
     data: Tensor
@@ -23,21 +23,22 @@ class HostShard:
 
 @dataclass(frozen=True)
 class HostTensor:
-    """What this process is to write of a tensor.
+    """The shards of a tensor that one process writes to a checkpoint.
 
     Attributes:
-        shape: of the whole tensor.
-        shards: the boxes; with those of the other processes they cover it. None, where others
-            write all of it. Several processes may hold the same box: one of them writes it.
+        shape: of the full tensor.
+        shards: together with those of the other processes they cover the tensor. Empty if others
+            write all of it. Several processes may hold the same shard; one of them writes it.
     """
 
     shape: tuple[int, ...]
     shards: tuple[HostShard, ...]
 
     @classmethod
-    def whole(cls, data: Tensor) -> HostTensor:
-        """A tensor that this process has all of, on the CPU."""
+    def full(cls, data: Tensor) -> HostTensor:
+        """Return a tensor whose only shard is all of it, on the CPU."""
         return cls(tuple(data.shape), (HostShard(data, (0,) * data.dim()),))
 
 
 Snapshot = Mapping[str, HostTensor]
+"""Host tensors by name."""

@@ -1,4 +1,1 @@
-"""Trained models to pictures."""
-
-GENERATED_FILE = "generated.json"
-"""What `rae-xla generate` lists its pictures in, beside them."""
+"""Sampling: generate, reconstruct and write images with trained models."""

@@ -1,7 +1,7 @@
-"""A generator of random weights, as small as one can be, in the files a real one has.
+"""Tiny model with random weights, written as the same files as a published model.
 
-It needs no download and draws noise: it tries out an installation, and every step from the files to
-the pictures.
+It needs no download and generates noise. It tests an installation, and every step from model files
+to images.
 """
 
 from __future__ import annotations
@@ -15,23 +15,24 @@ import yaml
 from safetensors.torch import save_file
 from torch import nn
 
+from rae_xla.interop.instantiate import instantiate
 from rae_xla.models.encoders import DINOv2Encoder
 from rae_xla.models.weights import write_torch_file
-from rae_xla.registry import instantiate
 
 _GRID, _WIDTH = 4, 32
 
 
 def write_tiny_model(folder: Path) -> Path:
-    """Write encoder, decoder, statistics and DiT-DH of random weights, and their configuration.
+    """Write an encoder, decoder, latent statistics and DiT-DH with random weights.
 
     Args:
         folder: an existing folder.
 
     Returns:
-        The YAML file: 1,000 classes, latents 32 x 4 x 4, images of 64 px.
+        The configuration file of the model: 1,000 classes, latents of 32 x 4 x 4, images of 64
+        pixels a side.
     """
-    tree = _tree(folder)
+    tree = _config_tree(folder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         _write_encoder(folder / "encoder")
@@ -43,7 +44,7 @@ def write_tiny_model(folder: Path) -> Path:
         write_torch_file(statistics, Path(files["normalization_stat_path"]))
         ckpt = tree["stage_2"].pop("ckpt")
         model = instantiate(tree["stage_2"])
-        write_torch_file(_stirred(model).state_dict(), Path(ckpt))
+        write_torch_file(_randomise_zeros(model).state_dict(), Path(ckpt))
     tree["stage_1"]["params"].update(files)
     tree["stage_2"]["ckpt"] = ckpt
     path = folder / "config.yaml"
@@ -54,7 +55,7 @@ def write_tiny_model(folder: Path) -> Path:
 _FILES = ("pretrained_decoder_path", "normalization_stat_path")
 
 
-def _tree(folder: Path) -> dict[str, Any]:
+def _config_tree(folder: Path) -> dict[str, Any]:
     encoder = str(folder / "encoder")
     decoder = {
         "decoder_hidden_size": _WIDTH,
@@ -89,7 +90,7 @@ def _tree(folder: Path) -> dict[str, Any]:
 
 
 def _write_encoder(folder: Path) -> None:
-    """A DINOv2 with registers as transformers saves it, and what its images are normalised with."""
+    """Write a DINOv2 with registers and its image processor as transformers saves them."""
     from transformers import Dinov2WithRegistersConfig
 
     Dinov2WithRegistersConfig(
@@ -102,7 +103,7 @@ def _write_encoder(folder: Path) -> None:
     ).save_pretrained(folder)
     processor = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
     (folder / "preprocessor_config.json").write_text(json.dumps(processor), encoding="utf-8")
-    with torch.device("meta"):  # for the names and shapes
+    with torch.device("meta"):  # only names and shapes are needed
         encoder = DINOv2Encoder(str(folder), normalize=False)
     weights = {
         name.removeprefix("encoder."): 0.05 * torch.randn(tensor.shape)
@@ -111,9 +112,10 @@ def _write_encoder(folder: Path) -> None:
     save_file(weights, folder / "model.safetensors")
 
 
-def _stirred(model: nn.Module) -> nn.Module:
-    """The model with random values where training starts from zero, and labels that can be told
-    apart: else neither class nor guidance would change a pixel.
+def _randomise_zeros(model: nn.Module) -> nn.Module:
+    """Replace zero-initialised parameters and label embeddings by random values.
+
+    Without this, neither the class nor guidance would change a pixel.
     """
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -1,1 +1,1 @@
-"""Training: one loop, two stages."""
+"""Training: the trainer, its tasks (stage 1 and stage 2), callbacks and tracking."""

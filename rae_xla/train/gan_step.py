@@ -1,6 +1,7 @@
-"""A stage-1 step: the decoder learns from L1, LPIPS and a discriminator, and the discriminator from
-the decoder (RAE, section 3; the recipe of VQGAN, Esser et al. 2021, with a projected DINO
-discriminator, Sauer et al. 2023).
+"""The train step of stage 1: a decoder update followed by discriminator updates.
+
+The decoder minimises L1, LPIPS and a GAN loss (RAE, section 3): the recipe of VQGAN (Esser et al.
+2021) with a projected DINO discriminator (Sauer et al. 2023).
 """
 
 from __future__ import annotations
@@ -14,32 +15,38 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rae_xla.checkpoint.train_state import TrainState
 from rae_xla.models.diffaug import diff_augment
 from rae_xla.models.discriminator import DinoDiscriminator
 from rae_xla.models.gan_losses import DISCRIMINATOR_LOSSES, adaptive_weight, vanilla_g
 from rae_xla.models.lpips import LPIPS
 from rae_xla.models.rae import RAE
-from rae_xla.runtime import Batch, Runtime
-from rae_xla.runtime.random import Draws
-from rae_xla.sample.pictures import to_unit
-from rae_xla.train.adamw import AdamW
-from rae_xla.train.state import TrainState, update_ema
-from rae_xla.train.step import Step, apply_gradients, clear_gradients, split_batch
+from rae_xla.ops.random import CounterRNG
+from rae_xla.runtime import Backend, Batch
+from rae_xla.sample.images import to_unit
+from rae_xla.train.ema import update_ema
+from rae_xla.train.optimizers import AdamW
+from rae_xla.train.train_step import (
+    TrainStep,
+    apply_gradients,
+    clear_gradients,
+    split_micro_batches,
+)
 
 if TYPE_CHECKING:
     from rae_xla.config import GanConfig, TrainingConfig
 
-Figures = dict[str, Tensor]
+Metrics = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Phase:
-    """What a step has beside L1. Each phase is one compiled graph.
+    """The losses of a step in addition to L1. Each phase is one compiled graph.
 
     Attributes:
-        lpips: the decoder learns from LPIPS.
-        gan: the decoder learns from the discriminator.
-        disc: the discriminator learns.
+        lpips: the decoder minimises LPIPS.
+        gan: the decoder minimises the GAN loss.
+        disc: the discriminator is updated.
     """
 
     lpips: bool
@@ -49,12 +56,12 @@ class Phase:
     def __str__(self) -> str:
         named = {"L1": True, "LPIPS": self.lpips, "GAN": self.gan}
         losses = " + ".join(name for name, present in named.items() if present)
-        return losses + (", and the discriminator learns" if self.disc else "")
+        return losses + (", with discriminator updates" if self.disc else "")
 
 
 @dataclass(frozen=True)
 class Networks:
-    """The modules of stage 1, on the devices; those that no phase needs are None."""
+    """The modules of stage 1, on the devices; None for those that no phase needs."""
 
     rae: RAE
     lpips: LPIPS | None
@@ -62,14 +69,18 @@ class Networks:
 
 
 @dataclass(frozen=True)
-class _Part:
-    """The share of a batch that is worked through at a time: images (B, 3, H, W) in [0, 1], the
-    encoder's tokens (B, N, C) without noise, and the draws of its rows.
+class _MicroBatch:
+    """A micro-batch and its random numbers.
+
+    Attributes:
+        images: (B, 3, H, W) in [0, 1].
+        tokens: encoder tokens (B, N, C) without noise.
+        draws: random numbers of its rows.
     """
 
     images: Tensor
     tokens: Tensor
-    draws: Draws
+    draws: CounterRNG
 
 
 def make_gan_step(
@@ -78,48 +89,48 @@ def make_gan_step(
     phase: Phase,
     training: TrainingConfig,
     gan: GanConfig,
-    runtime: Runtime,
-) -> Step:
-    """Build the step of a phase: first the decoder's update, then the discriminator's.
+    backend: Backend,
+) -> TrainStep:
+    """Build the step of a phase: the decoder update, then the discriminator updates.
 
-    The discriminator sees reconstructions by the updated decoder, without latent noise, clamped and
-    rounded to 8 bits as the real images are. With ``grad_accum_steps`` the adaptive weight is each
-    part's own.
+    The discriminator is given reconstructions by the updated decoder, without latent noise, clamped
+    and rounded to 8 bits as the real images are. With ``grad_accum_steps`` every micro-batch has
+    its own adaptive weight.
 
-    The step's batch carries ``lr`` and, where the discriminator learns, the rate of each of its
-    updates (``disc_rate``) and ``disc_count``, how many came before; all 0-d.
+    The batch carries ``lr`` and, if the discriminator is updated, the learning rate of each of its
+    updates (``disc_lr_name``) and ``disc_count``, the number of earlier updates; all 0-d.
     """
-    decoder = _DecoderUpdate(networks, state, phase, training, gan, runtime)
-    discriminator = _DiscriminatorUpdate(networks, state, training, gan, runtime)
+    decoder = _DecoderUpdate(networks, state, phase, training, gan, backend)
+    discriminator = _DiscriminatorUpdate(networks, state, training, gan, backend)
 
-    def step(batch: Batch) -> Figures:
-        parts = []
-        for rows in split_batch(batch, training.grad_accum_steps):
+    def step(batch: Batch) -> Metrics:
+        micro_batches = []
+        for rows in split_micro_batches(batch, training.grad_accum_steps):
             images = to_unit(rows["image"])
-            with runtime.autocast():
+            with backend.autocast():
                 tokens = networks.rae.encode_tokens(images)
-            draws = Draws(training.global_seed, rows["step"], rows["row"])
-            parts.append(_Part(images, tokens, draws))
-        figures = decoder(parts, batch)
+            draws = CounterRNG(training.global_seed, rows["step"], rows["row"])
+            micro_batches.append(_MicroBatch(images, tokens, draws))
+        metrics = decoder(micro_batches, batch)
         updates = [
-            discriminator(parts, batch, number)
+            discriminator(micro_batches, batch, number)
             for number in range(gan.loss.disc_updates if phase.disc else 0)
         ]
         for name in updates[0] if updates else ():
-            figures[name] = torch.stack([update[name] for update in updates]).mean(0)
-        return figures
+            metrics[name] = torch.stack([update[name] for update in updates]).mean(0)
+        return metrics
 
-    return Step(step)
+    return TrainStep(step)
 
 
-def disc_rate(number: int) -> str:
-    """What the learning rate of the discriminator's update ``number`` of a step is called."""
+def disc_lr_name(number: int) -> str:
+    """Return the name of the learning rate of a step's discriminator update ``number``."""
     return f"disc_lr_{number}" if number else "disc_lr"
 
 
 @contextmanager
 def _mode(module: nn.Module, *, training: bool) -> Iterator[None]:
-    """A module in train or eval mode, for a while."""
+    """Set a module to train or eval mode within the context."""
     before = module.training
     module.train(training)
     yield
@@ -127,12 +138,12 @@ def _mode(module: nn.Module, *, training: bool) -> Iterator[None]:
 
 
 def _to_signed(images: Tensor) -> Tensor:
-    """[0, 1] to [-1, 1], which LPIPS and the discriminator take."""
+    """Map [0, 1] to [-1, 1], the range that LPIPS and the discriminator expect."""
     return images * 2 - 1
 
 
 def _to_8_bits(images: Tensor) -> Tensor:
-    """Images in [-1, 1], clamped, to the nearest values that a picture file can hold."""
+    """Clamp images in [-1, 1] and round them to the nearest 8-bit values."""
     return ((images.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
 
 
@@ -143,100 +154,103 @@ class _DecoderUpdate:
     phase: Phase
     training: TrainingConfig
     gan: GanConfig
-    runtime: Runtime
+    backend: Backend
 
-    def __call__(self, parts: list[_Part], batch: Batch) -> Figures:
+    def __call__(self, micro_batches: list[_MicroBatch], batch: Batch) -> Metrics:
         trained, training = self.state.model, self.training
         clear_gradients(trained)
         shares = []
-        for part in parts:
+        for micro_batch in micro_batches:
             with _mode(self.networks.rae.decoder, training=True):
-                shares.append(self._backward(part, 1 / len(parts)))
-        figures = _averaged(shares, self.runtime)
-        figures["train/grad_norm"], figures["train/skipped"] = apply_gradients(
+                shares.append(self._backward(micro_batch, 1 / len(micro_batches)))
+        metrics = _averaged(shares, self.backend)
+        metrics["train/grad_norm"], metrics["train/skipped"] = apply_gradients(
             trained,
-            AdamW.of(training.optimizer),
-            figures["train/loss"],
+            AdamW.from_config(training.optimizer),
+            metrics["train/loss"],
             batch["lr"],
             batch["step"],
-            self.runtime,
+            self.backend,
             training.clip_grad,
             skip_norm=training.skip_grad_norm,
         )
-        update_ema(self.state.ema, trained.module, training.ema_decay, self.runtime.parts)
-        return figures
+        update_ema(self.state.ema, trained.module, training.ema_decay, self.backend.local_shards)
+        return metrics
 
-    def _backward(self, part: _Part, share: float) -> Figures:
-        """Add a part's gradient to the decoder's.
+    def _backward(self, micro_batch: _MicroBatch, share: float) -> Metrics:
+        """Accumulate the decoder's gradient of a micro-batch; returns its metrics.
 
-        The losses' gradients are taken with respect to the image first. What they are with respect
-        to the last layer, which the adaptive weight compares, is one small product from there, and
-        their weighted sum goes back through the decoder once: no network is walked back twice.
+        The gradients of both losses are computed with respect to the image first. Their gradients
+        with respect to the last layer, which the adaptive weight compares, follow from those by one
+        small matrix product, and their weighted sum is backpropagated through the decoder once. So
+        the backward pass of no network runs twice.
         """
-        made, before_last = self._reconstruct(part)
-        image = made.detach().requires_grad_()
-        figures = {"train/l1": (image - part.images).abs().mean()}
-        total = figures["train/l1"]
+        reconstructed, last_inputs = self._reconstruct(micro_batch)
+        image = reconstructed.detach().requires_grad_()
+        metrics = {"train/l1": (image - micro_batch.images).abs().mean()}
+        total = metrics["train/l1"]
         if self.phase.lpips:
             assert self.networks.lpips is not None
-            with self.runtime.autocast():
-                distances = self.networks.lpips(_to_signed(part.images), _to_signed(image))
-            figures["train/lpips"] = distances.mean()
-            total = total + self.gan.loss.perceptual_weight * figures["train/lpips"]
+            with self.backend.autocast():
+                distances = self.networks.lpips(_to_signed(micro_batch.images), _to_signed(image))
+            metrics["train/lpips"] = distances.mean()
+            total = total + self.gan.loss.perceptual_weight * metrics["train/lpips"]
         [gradient] = torch.autograd.grad(total, image)
         if self.phase.gan:
-            loss = self._adversarial_loss(image, part)
-            [theirs] = torch.autograd.grad(loss, image)
-            at_last, theirs_at_last = self._at_last_layer(before_last, (gradient, theirs))
-            weight = adaptive_weight(at_last, theirs_at_last, self.gan.loss.max_d_weight)
+            loss = self._adversarial_loss(image, micro_batch)
+            [gan_gradient] = torch.autograd.grad(loss, image)
+            at_last, gan_at_last = self._at_last_layer(last_inputs, (gradient, gan_gradient))
+            weight = adaptive_weight(at_last, gan_at_last, self.gan.loss.max_d_weight)
             factor = self.gan.loss.disc_weight * weight
-            gradient = gradient + factor * theirs
+            gradient = gradient + factor * gan_gradient
             total = total + factor * loss
-            figures |= {"train/gan": loss, "train/adaptive_weight": weight}
-        made.backward(gradient * share)
-        return {"train/loss": total.detach()} | {k: v.detach() for k, v in figures.items()}
+            metrics |= {"train/gan": loss, "train/adaptive_weight": weight}
+        reconstructed.backward(gradient * share)
+        return {"train/loss": total.detach()} | {k: v.detach() for k, v in metrics.items()}
 
-    def _reconstruct(self, part: _Part) -> tuple[Tensor, Tensor]:
-        """Reconstructions (B, 3, H, W), in float32, from noised latents; and what the decoder's
-        last layer made them of, (B, 1 + N, width).
+    def _reconstruct(self, micro_batch: _MicroBatch) -> tuple[Tensor, Tensor]:
+        """Reconstruct from noised latents.
+
+        Returns:
+            Images (B, 3, H, W) float32, and the inputs of the decoder's last layer (B, 1 + N,
+            width).
         """
-        rae, tokens = self.networks.rae, part.tokens
-        given: list[Tensor] = []
+        rae, tokens = self.networks.rae, micro_batch.tokens
+        inputs_of_last: list[Tensor] = []
         hook = rae.decoder.decoder_pred.register_forward_pre_hook(
-            lambda _, inputs: given.append(inputs[0].detach())
+            lambda _, inputs: inputs_of_last.append(inputs[0].detach())
         )
-        with self.runtime.autocast():
+        with self.backend.autocast():
             if rae.noise_tau > 0:
-                noise = part.draws.normal("latent noise", tuple(tokens.shape[1:]))
-                tokens = rae.add_noise(tokens, (part.draws.uniform("noise level"), noise))
-            made = rae.decode(rae.to_latents(tokens)).float()
+                noise = micro_batch.draws.normal("latent noise", tuple(tokens.shape[1:]))
+                tokens = rae.add_noise(tokens, (micro_batch.draws.uniform("noise level"), noise))
+            reconstructed = rae.decode(rae.to_latents(tokens)).float()
         hook.remove()
-        return made, given[0]
+        return reconstructed, inputs_of_last[0]
 
     def _at_last_layer(self, inputs: Tensor, gradients: Sequence[Tensor]) -> list[Tensor]:
-        """Gradients with respect to the decoder's last weight, over the global batch, of what has
-        these gradients with respect to the image.
+        """Convert gradients with respect to the image to ones with respect to the last weight.
 
-        What the layer was given decides them; its weight, of which a process may hold a part, does
-        not: any other would give the same.
+        They are averaged over the global batch. They depend on the inputs of the layer but not on
+        the value of its weight, of which a process may hold only a shard: a zero weight serves.
         """
         rae, layer = self.networks.rae, self.networks.rae.decoder.decoder_pred
         weight = torch.zeros(
             layer.out_features, layer.in_features, device=inputs.device, requires_grad=True
         )
-        with self.runtime.autocast():
+        with self.backend.autocast():
             patches = F.linear(inputs, weight)[:, 1:]
             image = (rae.decoder.unpatchify(patches) * rae.encoder_std).float()
-        return self.runtime.average(
+        return self.backend.global_mean(
             [torch.autograd.grad(image, weight, g, retain_graph=True)[0] for g in gradients]
         )
 
-    def _adversarial_loss(self, image: Tensor, part: _Part) -> Tensor:
+    def _adversarial_loss(self, image: Tensor, micro_batch: _MicroBatch) -> Tensor:
         disc = self.networks.disc
         assert disc is not None
-        shown = augment(_to_signed(image), part.draws, "augment for decoder", self.gan)
-        with _mode(disc, training=False), self.runtime.autocast():
-            return vanilla_g(disc(shown))
+        augmented = augment(_to_signed(image), micro_batch.draws, "augment for decoder", self.gan)
+        with _mode(disc, training=False), self.backend.autocast():
+            return vanilla_g(disc(augmented))
 
 
 @dataclass(frozen=True)
@@ -245,28 +259,33 @@ class _DiscriminatorUpdate:
     state: TrainState
     training: TrainingConfig
     gan: GanConfig
-    runtime: Runtime
+    backend: Backend
 
-    def __call__(self, parts: list[_Part], batch: Batch, number: int) -> Figures:
+    def __call__(self, micro_batches: list[_MicroBatch], batch: Batch, number: int) -> Metrics:
         trained = self.state.disc
         assert trained is not None
         clear_gradients(trained)
-        shares = [self._backward(part, number, 1 / len(parts)) for part in parts]
-        figures = _averaged(shares, self.runtime)
-        figures["train/disc/grad_norm"], figures["train/disc/skipped"] = apply_gradients(
+        shares = [
+            self._backward(micro_batch, number, 1 / len(micro_batches))
+            for micro_batch in micro_batches
+        ]
+        metrics = _averaged(shares, self.backend)
+        metrics["train/disc/grad_norm"], metrics["train/disc/skipped"] = apply_gradients(
             trained,
-            AdamW.of(self.gan.disc.optimizer),
-            figures["train/disc/loss"],
-            batch[disc_rate(number)],
+            AdamW.from_config(self.gan.disc.optimizer),
+            metrics["train/disc/loss"],
+            batch[disc_lr_name(number)],
             batch["disc_count"] + number,
-            self.runtime,
+            self.backend,
         )
-        return figures
+        return metrics
 
-    def _backward(self, part: _Part, number: int, share: float) -> Figures:
-        """Add a part's gradient to the discriminator's."""
-        fake = self._logits(_to_8_bits(_to_signed(self._reconstruct(part))), "fake", number, part)
-        real = self._logits(_to_signed(part.images), "real", number, part)
+    def _backward(self, micro_batch: _MicroBatch, number: int, share: float) -> Metrics:
+        """Accumulate the discriminator's gradient of a micro-batch; returns its metrics."""
+        fake = self._logits(
+            _to_8_bits(_to_signed(self._reconstruct(micro_batch))), "fake", number, micro_batch
+        )
+        real = self._logits(_to_signed(micro_batch.images), "real", number, micro_batch)
         loss = DISCRIMINATOR_LOSSES[self.gan.loss.disc_loss](real, fake)
         (loss * share).backward()
         return {
@@ -277,33 +296,40 @@ class _DiscriminatorUpdate:
         }
 
     @torch.no_grad()
-    def _reconstruct(self, part: _Part) -> Tensor:
+    def _reconstruct(self, micro_batch: _MicroBatch) -> Tensor:
         rae = self.networks.rae
-        with _mode(rae.decoder, training=False), self.runtime.autocast():
-            return rae.decode(rae.to_latents(part.tokens)).float()
+        with _mode(rae.decoder, training=False), self.backend.autocast():
+            return rae.decode(rae.to_latents(micro_batch.tokens)).float()
 
-    def _logits(self, images: Tensor, kind: str, number: int, part: _Part) -> Tensor:
-        """Logits of images (B, 3, H, W) in [-1, 1]. Only the heads are walked back."""
+    def _logits(self, images: Tensor, kind: str, number: int, micro_batch: _MicroBatch) -> Tensor:
+        """Return the logits of images (B, 3, H, W) in [-1, 1]; only the heads need gradients."""
         disc = self.networks.disc
         assert disc is not None
-        shown = augment(images, part.draws, f"augment {kind} {number}", self.gan)
-        with _mode(disc, training=True), self.runtime.autocast():
+        augmented = augment(images, micro_batch.draws, f"augment {kind} {number}", self.gan)
+        with _mode(disc, training=True), self.backend.autocast():
             with torch.no_grad():
-                features = disc.features(shown)
-            # Not by torch.compile: its backward takes the singular vectors from the buffers, which
-            # the forward of the other kind of images has advanced by then.
+                features = disc.features(augmented)
+            # Not compiled by torch.compile: its backward pass reads the singular vectors from the
+            # buffers, which the forward pass on the other images has updated by then.
             return torch.compiler.disable(disc.heads_forward)(features)
 
 
-def _averaged(shares: Sequence[Figures], runtime: Runtime) -> Figures:
-    """Figures of the parts of a batch: their means over it."""
+def _averaged(shares: Sequence[Metrics], backend: Backend) -> Metrics:
+    """Return the metrics of the global batch, from those of this process's micro-batches."""
     means = {name: torch.stack([share[name] for share in shares]).mean(0) for name in shares[0]}
-    return dict(zip(means, runtime.average(list(means.values())), strict=True))
+    return dict(zip(means, backend.global_mean(list(means.values())), strict=True))
 
 
-def augment(images: Tensor, draws: Draws, purpose: str, gan: GanConfig) -> Tensor:
-    """DiffAug (Zhao et al. 2020) of images (B, 3, H, W), with draws of its own for each purpose."""
-    flags = draws.once(f"{purpose}: whether", 3)
+def augment(images: Tensor, draws: CounterRNG, purpose: str, gan: GanConfig) -> Tensor:
+    """Apply DiffAugment (Zhao et al. 2020) to images (B, 3, H, W).
+
+    Args:
+        images: differentiable.
+        draws: random numbers of the images.
+        purpose: gives each use its own random numbers.
+        gan: with the augmentation's settings.
+    """
+    flags = draws.batch_uniform(f"{purpose}: whether", 3)
     amounts = draws.uniform(f"{purpose}: how much", (7,))
     settings = gan.disc.augment
     return diff_augment(images, flags, amounts, prob=settings.prob, cutout=settings.cutout)

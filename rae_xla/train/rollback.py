@@ -1,43 +1,43 @@
-"""What is done when step after step gives nothing: back to a good checkpoint, past the bad data.
+"""Rollback: restart from a good checkpoint after too many steps in a row were skipped.
 
 The step counter does not go back. It is the position in the data and in the random numbers, so the
-steps since the checkpoint count as skipped ones and their batches are not seen again: from the same
-state, they would fail in the same way. A run that is killed after it went back, and resumed from
-the same checkpoint, takes the same steps and goes back at the same one.
+steps since the checkpoint count as skipped and their batches are not used again: from the same
+state they would fail in the same way. A run that is killed after a rollback and resumes from the
+same checkpoint takes the same steps and rolls back at the same step.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rae_xla.checkpoint.manager import Checkpoint
+from rae_xla.checkpoint.resume import choose_checkpoint
 from rae_xla.errors import UserError
-from rae_xla.interop.checkpoint_folder import Checkpoint
-from rae_xla.runtime import Runtime
-from rae_xla.train.checkpoint import choose_checkpoint
+from rae_xla.runtime import Backend
 
 
 class SkippedStepsError(Exception):
-    """As many steps in a row as ``training.max_skipped`` were skipped.
+    """``training.max_skipped`` steps in a row were skipped.
 
     Attributes:
         step: the last of them.
-        skipped: how many.
-        rollbacks: how often the run went back before, without making a checkpoint in between.
+        skipped: their number.
+        rollbacks: earlier rollbacks without a new checkpoint in between.
     """
 
     def __init__(self, step: int, skipped: int, rollbacks: int) -> None:
-        super().__init__(f"{skipped} steps up to {step} were skipped")
+        super().__init__(f"{skipped} steps up to step {step} were skipped")
         self.step, self.skipped, self.rollbacks = step, skipped, rollbacks
 
 
 @dataclass(frozen=True)
-class Beginning:
-    """Where a run goes on.
+class StartPoint:
+    """The state and the step that training starts from.
 
     Attributes:
-        checkpoint: the state; None for a fresh one.
-        step: steps taken; after going back more than the checkpoint's.
-        rollbacks: how often the run went back without making a checkpoint in between.
+        checkpoint: has the state; None for a new run.
+        step: steps taken; after a rollback more than the checkpoint's.
+        rollbacks: rollbacks without a new checkpoint in between.
     """
 
     checkpoint: Checkpoint | None
@@ -45,40 +45,41 @@ class Beginning:
     rollbacks: int = 0
 
 
-def go_back(
+def roll_back(
     folder: str,
-    runtime: Runtime,
-    stage_name: str,
+    backend: Backend,
+    weights_key: str,
     skips: SkippedStepsError,
     max_rollbacks: int,
-) -> Beginning:
-    """The state to go on from: of the newest whole checkpoint from before the skipped steps.
+) -> StartPoint:
+    """Return where to continue: with the newest intact checkpoint from before the skipped steps.
 
-    One made right before them is of the very state that they failed from: it is not called good.
+    A checkpoint saved right before them has the very state that they failed from, so an earlier one
+    is used.
 
     Args:
         folder: of the checkpoints.
-        runtime: whose processes all call this.
-        stage_name: of the run.
-        skips: what happened.
-        max_rollbacks: how often in a row this may be done.
+        backend: whose processes all call this.
+        weights_key: ``Task.weights_key``, for the message.
+        skips: the skipped steps.
+        max_rollbacks: largest number of rollbacks in a row.
 
     Raises:
-        UserError: it was done often enough, or there is no such checkpoint.
+        UserError: that number is reached, or there is no such checkpoint.
     """
-    good = choose_checkpoint(folder, runtime, before=skips.step - skips.skipped)
+    good = choose_checkpoint(folder, backend, before=skips.step - skips.skipped)
     if good is not None and skips.rollbacks < max_rollbacks:
-        return Beginning(good, skips.step, skips.rollbacks + 1)
+        return StartPoint(good, skips.step, skips.rollbacks + 1)
     if good is None:
-        last = "there is no checkpoint from before them"
+        advice = "there is no checkpoint from before them"
     else:
-        last = (
-            f"the last good checkpoint, from before them, is {good}. To go on from it with other "
-            f"settings: --results-dir NEW {stage_name.replace('stage', 'stage_')}.ckpt={good}"
+        advice = (
+            f"the last good checkpoint is {good}; to start from it with other settings use "
+            f"--results-dir NEW {weights_key}={good}"
         )
-    before = f", after going back {skips.rollbacks} times" if skips.rollbacks else ""
+    after = f", after {skips.rollbacks} rollbacks" if skips.rollbacks else ""
     raise UserError(
-        f"{skips.skipped} steps in a row had a loss or a gradient that is not finite (or above "
-        f"training.skip_grad_norm) and were skipped{before}: nothing is learned any more; {last}. "
-        "Try a lower learning rate, training.clip_grad, or runtime.precision=fp32"
+        f"{skips.skipped} steps in a row were skipped{after}, because the loss or the gradient was "
+        f"not finite or the gradient norm was above training.skip_grad_norm: {advice}. Try a lower "
+        "learning rate, training.clip_grad, or runtime.precision=fp32"
     )

@@ -1,4 +1,4 @@
-"""Flow matching: paths, times, losses, solvers, guidance."""
+"""Flow matching: probability paths, time distributions, losses, ODE and SDE solvers, guidance."""
 
 from rae_xla.transport.create import create_transport
 from rae_xla.transport.guidance import guided

@@ -1,4 +1,4 @@
-"""Build a transport from the published options, refusing what is not one."""
+"""Construction of a transport from the published options, with validation."""
 
 from __future__ import annotations
 
@@ -27,14 +27,16 @@ def create_transport(
         path_type: ``Linear``, ``GVP`` or ``VP``.
         prediction: what the network predicts: ``velocity``, ``noise`` or ``score``.
         loss_weight: ``velocity``, ``likelihood`` or None; see :func:`losses.prediction_loss`.
-        train_eps: how far training stays from the ends of time; by default 1e-5 on the VP path and
-            1e-3 for noise and score. Velocity on the Linear and GVP paths is finite and ignores it.
-        sample_eps: the same in sampling. It has no default where it matters.
+        train_eps: distance of the training times from 0 and 1; by default 1e-5 on the VP path and
+            1e-3 for noise and score prediction. Ignored for velocity prediction on the Linear and
+            GVP paths, which is finite everywhere.
+        sample_eps: the same for sampling, where it has no default: a sampler that requires it
+            raises an error if it is None.
         time_dist_type: ``uniform`` or ``logit-normal_<mean>_<std>``.
-        time_dist_shift: the time shift, 1 or more; published as ``sqrt(C * H * W / 4096)``.
+        time_dist_shift: the time shift, at least 1; published as ``sqrt(C * H * W / 4096)``.
 
     Raises:
-        UserError: an option that is not one of these.
+        UserError: if an option is invalid.
     """
     path = PATHS[choose("path_type", path_type, tuple(PATHS))]
     prediction = choose("prediction", prediction, PREDICTIONS)
@@ -43,9 +45,9 @@ def create_transport(
         loss_weight = None if loss_weight == "none" else loss_weight
     for option, eps in (("train_eps", train_eps), ("sample_eps", sample_eps)):
         if eps is not None and not 0 <= eps < 0.5:
-            raise UserError(f"{option}: {eps!r} given; it is at least 0 and below 0.5")
+            raise UserError(f"{option} must be at least 0 and below 0.5, got {eps!r}")
     if not (math.isfinite(time_dist_shift) and time_dist_shift >= 1):
-        raise UserError(f"time_dist_shift: {time_dist_shift!r} given; it is 1 or more")
+        raise UserError(f"time_dist_shift must be at least 1, got {time_dist_shift!r}")
     if path.name == "VP":
         train_eps = 1e-5 if train_eps is None else train_eps
     elif prediction == "velocity":

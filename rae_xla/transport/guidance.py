@@ -1,10 +1,10 @@
-"""Guidance at sampling time: classifier-free (Ho and Salimans, 2022) or by a weaker model
-(autoguidance, Karras et al., 2024), inside an interval of times (Kynkaanniemi et al., 2024).
+"""Guidance of samplers: classifier-free guidance and autoguidance, limited to a time interval.
 
     guided = weak + scale * (model - weak)
 
-where ``weak`` is the model with the null label, or the guide with the same label. Outside the
-interval the answer is the model's own, and ``weak`` is not computed.
+where ``weak`` is the model with the null label (classifier-free guidance, Ho and Salimans, 2022),
+or a weaker model with the same label (autoguidance, Karras et al., 2024). Outside the interval
+(Kynkaanniemi et al., 2024) the prediction is the model's, and ``weak`` is not computed.
 """
 
 from __future__ import annotations
@@ -26,15 +26,23 @@ IMAGENET_CLASSES = 1000
 GUIDANCE_METHODS = ("cfg", "autoguidance")
 
 
-# Compared and hashed by identity: a solver keeps one compiled step for each of its two branches.
+# Compared and hashed by identity, because a solver caches one compiled step per branch.
 @dataclass(eq=False)
 class Guided:
-    """A model with its labels bound and guidance applied; made by :func:`guided`.
+    """A model with bound labels and guidance, built by :func:`guided`.
 
-    ``y`` may be replaced by the labels of another batch: what a solver has compiled stays good.
+    ``y`` may be replaced by the labels of another batch: compiled steps of a solver stay valid.
 
-    Called with mixed times it guides only the rows inside the interval, for which it has to read
-    ``t`` on the host. A solver, which knows the time already, takes a branch from :meth:`at`.
+    A call applies guidance only to the rows whose time is in the interval, for which it has to
+    read ``t`` on the host. A solver, which knows the time, gets a branch from :meth:`at` instead.
+
+    Attributes:
+        model: ``model(x, t, y)``.
+        y: (B,) int64 labels.
+        scale: strength of guidance; none if at most 1.
+        null_label: label of the unconditional prediction, for classifier-free guidance.
+        guide: the weaker model, for autoguidance.
+        interval: (t_min, t_max) of shifted times, both included.
     """
 
     model: ConditionalModel
@@ -45,7 +53,7 @@ class Guided:
     interval: tuple[float, float]
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        """The guided prediction for x (B, ...) at times t (B,)."""
+        """Return the prediction at x (B, ...) and t (B,), guided where t is in the interval."""
         self._check_batch(x)
         host_t = t.detach().cpu()
         low, high = self.interval
@@ -60,25 +68,25 @@ class Guided:
         return out.index_copy(0, rows, weak + self.scale * (out[rows] - weak))
 
     def at(self, time: float) -> ModelFn:
-        """The branch to evaluate when every row is at ``time``."""
-        # In float32, as t is on the device: else a bound such as 0.7 would not include itself.
+        """Return the function to evaluate when all rows are at ``time``."""
+        # In float32, like t on the device: otherwise a bound such as 0.7 would exclude itself.
         low, time, high = torch.tensor(
             (self.interval[0], time, self.interval[1]), dtype=torch.float32
         ).tolist()
         return self.guided if self.scale > 1 and low <= time <= high else self.conditional
 
     def conditional(self, x: Tensor, t: Tensor) -> Tensor:
-        """The model's own prediction."""
+        """Return the model's prediction without guidance."""
         return self.model(x, t, self.y)
 
     def guided(self, x: Tensor, t: Tensor) -> Tensor:
-        """The guided prediction, for every row."""
+        """Return the guided prediction for all rows."""
         self._check_batch(x)
         if self.guide is not None:
             out, weak = self.conditional(x, t), self._weak(x, t, self.y)
         else:
-            # One forward of twice the batch. Rows alternate, so that with the batch sharded over
-            # devices both halves of a pair stay where they are.
+            # One forward pass of twice the batch. Rows alternate, so that both rows of a pair stay
+            # on the same device when the batch is sharded.
             xx, tt = (torch.stack((rows, rows), dim=1).flatten(0, 1) for rows in (x, t))
             yy = torch.stack((self.y, self._null(self.y)), dim=1).flatten()
             both = self.model(xx, tt, yy)
@@ -95,7 +103,7 @@ class Guided:
 
     def _check_batch(self, x: Tensor) -> None:
         if len(x) != len(self.y):
-            raise UserError(f"guided: {len(self.y)} labels were bound, but x has {len(x)} rows")
+            raise UserError(f"guided: x has {len(x)} rows, but there are {len(self.y)} labels")
 
 
 def guided(
@@ -108,30 +116,30 @@ def guided(
     guide: ConditionalModel | None = None,
     interval: tuple[float, float] = (0.0, 1.0),
 ) -> Guided:
-    """Bind labels and guidance to a model: a ``model_fn(x, t)`` for the samplers.
+    """Bind labels and guidance to a model, to get a ``model_fn(x, t)`` for the samplers.
 
     Args:
         model: ``model(x, t, y)``, in eval mode.
         y: (B,) int64 labels.
-        scale: strength of guidance; 1 or less means none, whatever the method.
-        method: ``cfg`` or ``autoguidance``.
-        null_label: the label that stands for "no class" (cfg); by default
-            ``model.num_classes``, or ImageNet's 1000 for a model that does not say.
-        guide: the weaker model (autoguidance), called with the same x, t and y.
-        interval: (t_min, t_max), both included, of *shifted* times; guidance acts inside.
+        scale: strength of guidance; none if at most 1, whatever the method.
+        method: ``cfg`` (classifier-free guidance) or ``autoguidance``.
+        null_label: label of the unconditional prediction, for ``cfg``. By default
+            ``model.num_classes``, or ImageNet's 1000 for a model without this attribute.
+        guide: the weaker model, for ``autoguidance``; called with the same x, t and y.
+        interval: (t_min, t_max) of *shifted* times, both included, in which guidance is applied.
 
     Raises:
-        UserError: an unknown method, a missing guide, or an empty interval.
+        UserError: if the method is unknown, the guide is missing, or the interval is empty.
     """
     method = choose("guidance method", method, GUIDANCE_METHODS)
     if not math.isfinite(scale):
-        raise UserError(f"guidance scale: {scale!r} given; it is a finite number")
+        raise UserError(f"guidance scale must be a finite number, got {scale!r}")
     t_min, t_max = interval
     if not t_min < t_max:
-        raise UserError(f"guidance interval: {tuple(interval)} given; t_min must be below t_max")
+        raise UserError(f"guidance interval: t_min must be below t_max, got {tuple(interval)}")
     if method == "autoguidance":
         if scale > 1 and guide is None:
-            raise UserError("guidance method 'autoguidance' needs a guide model; give guide=...")
+            raise UserError("guidance method 'autoguidance' requires a guide model; set guide=...")
     else:
         guide = None
         if null_label is None:

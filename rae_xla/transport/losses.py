@@ -1,4 +1,4 @@
-"""The training loss of a network that predicts velocity, noise or score."""
+"""Training loss of a network that predicts velocity, noise or score."""
 
 from __future__ import annotations
 
@@ -20,20 +20,23 @@ def prediction_loss(
     noise: Tensor,
     t: Tensor,
 ) -> Tensor:
-    """The mean squared error of each sample, (B,).
+    """Return the mean squared error of each sample.
 
-    Velocity prediction is never weighted. For noise and score, ``velocity`` weighs the error as
-    velocity prediction would, and ``likelihood`` as the likelihood bound would (SiT, table 3 and
-    appendix); on the Linear and GVP paths the latter is negative, as published.
+    Velocity prediction is not weighted. For noise and score prediction, the weight ``velocity``
+    gives the loss of velocity prediction and ``likelihood`` that of the likelihood bound (SiT,
+    table 3 and appendix). On the Linear and GVP paths the latter weight is negative, as published.
 
     Args:
         path: the probability path.
         prediction: what the network predicts, one of ``PREDICTIONS``.
         loss_weight: one of ``LOSS_WEIGHTS`` or None.
         output: the network's output at ``path.interpolate(data, noise, t)``, (B, ...).
-        data: (B, ...).
-        noise: (B, ...).
-        t: (B,).
+        data: clean latents (B, ...).
+        noise: standard normal noise (B, ...).
+        t: shifted times (B,).
+
+    Returns:
+        (B,), in the dtype of the error.
     """
     tx = expand_like(t, data)
     if prediction == "velocity":

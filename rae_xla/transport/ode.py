@@ -1,8 +1,8 @@
 """Solvers of the probability-flow ODE.
 
-The fixed-step ones are Runge-Kutta methods, written once for every backend as tables of
-coefficients. The adaptive and the multistep ones are torchdiffeq's; they look at the numbers they
-compute to decide what to compute next, which XLA cannot.
+Fixed-step solvers are Runge-Kutta methods, implemented here from tables of coefficients because
+their steps must compile once on every backend. Adaptive and multistep solvers are torchdiffeq's:
+their steps depend on computed values, which a device with static graphs does not support.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rae_xla.errors import UserError
+from rae_xla.ops.dispatch import requires_static_graph
 from rae_xla.transport.steps import (
     CompileStep,
     ModelFn,
@@ -32,14 +33,20 @@ Drift = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Tableau:
-    """An explicit Runge-Kutta method (a Butcher tableau): rows a_ij, weights b_i, nodes c_i."""
+    """Butcher tableau of an explicit Runge-Kutta method.
+
+    Attributes:
+        nodes: c_i, the times of the stages as fractions of the step.
+        rows: a_ij, the weights of the earlier slopes in the state of stage i.
+        weights: b_i, the weights of the slopes in the step.
+    """
 
     nodes: tuple[float, ...]
     rows: tuple[tuple[float, ...], ...]
     weights: tuple[float, ...]
 
 
-# The names are torchdiffeq's; `heun` is added for `heun2`, the usual meaning of the word.
+# torchdiffeq's names, and `heun` for `heun2`, which is what the name usually means.
 _HEUN2 = Tableau((0, 1), ((), (1,)), (1 / 2, 1 / 2))
 FIXED_STEP = {
     "euler": Tableau((0,), ((),), (1,)),
@@ -47,7 +54,7 @@ FIXED_STEP = {
     "heun2": _HEUN2,
     "midpoint": Tableau((0, 1 / 2), ((), (1 / 2,)), (0, 1)),
     "heun3": Tableau((0, 1 / 3, 2 / 3), ((), (1 / 3,), (0, 2 / 3)), (1 / 4, 0, 3 / 4)),
-    # Kutta's 3/8 rule, as in torchdiffeq, and not the classical fourth-order method.
+    # Kutta's 3/8 rule, as in torchdiffeq, not the classical fourth-order method.
     "rk4": Tableau(
         (0, 1 / 3, 2 / 3, 1),
         ((), (1 / 3,), (-1 / 3, 1), (1, -1, 1)),
@@ -59,16 +66,21 @@ MULTISTEP = ("explicit_adams", "implicit_adams", "fixed_adams")
 
 
 def ode_method(name: str, device: torch.device) -> str:
-    """The method ``name`` spells, if it can run on ``device``.
+    """Return the canonical name of an ODE method after checking that it can run on ``device``.
+
+    Args:
+        name: name of the method, in any case.
+        device: device of the samples.
 
     Raises:
-        UserError: there is no such method, or it is not a fixed-step one and the device is XLA.
+        UserError: if the method is unknown, or not a fixed-step one on a device that requires
+            static graphs, such as XLA.
     """
     method = choose("method", name, (*FIXED_STEP, *ADAPTIVE, *MULTISTEP))
-    if device.type == "xla" and method not in FIXED_STEP:
+    if requires_static_graph(device) and method not in FIXED_STEP:
         raise UserError(
-            f"method: {method!r} chooses its steps from the values it computes and cannot run on "
-            f"XLA; use a fixed-step one ({', '.join(FIXED_STEP)})"
+            f"method: {method!r} chooses its steps from computed values, which is not possible on "
+            f"{device.type.upper()}; choose a fixed-step method ({', '.join(FIXED_STEP)})"
         )
     return method
 
@@ -81,15 +93,15 @@ def fixed_step_states(
     method: str,
     compile_step: CompileStep | None = None,
 ) -> Iterator[Tensor]:
-    """Integrate from ``grid[0]`` to ``grid[-1]`` and yield the state at every later grid time.
+    """Integrate from ``grid[0]`` to ``grid[-1]`` and yield the state at each later grid time.
 
     Args:
         model_fn: ``model_fn(x, t)`` with t of shape (B,); see :func:`steps.model_at`.
-        drift: turns the model's output into dx/dt.
+        drift: computes dx/dt from the model's output, x and t.
         x: the state at ``grid[0]``, (B, ...).
-        grid: (num_steps,) times, float32 on the host.
+        grid: (num_steps,) times, float32 on the CPU.
         method: a name in ``FIXED_STEP``.
-        compile_step: wraps the function of one step.
+        compile_step: wraps the function of one step, for example to compile it.
     """
     tableau = FIXED_STEP[method]
     step_for = step_for_branches(
@@ -112,15 +124,30 @@ def torchdiffeq_states(
     rtol: float,
     atol: float,
 ) -> Tensor:
-    """Integrate with torchdiffeq: the states at every grid time, (num_steps, B, ...).
+    """Integrate with torchdiffeq.
 
-    Adaptive methods may ask for times a little beyond the end of the grid.
+    Adaptive methods may evaluate the model at times slightly beyond the end of the grid.
+
+    Args:
+        model_fn: ``model_fn(x, t)`` with t of shape (B,); see :func:`steps.model_at`.
+        drift: computes dx/dt from the model's output, x and t.
+        x: the state at ``grid[0]``, (B, ...).
+        grid: (num_steps,) times, float32.
+        method: a name in ``ADAPTIVE`` or ``MULTISTEP``.
+        rtol: relative tolerance.
+        atol: absolute tolerance.
+
+    Returns:
+        The states at all grid times, (num_steps, B, ...).
+
+    Raises:
+        UserError: if torchdiffeq is not installed.
     """
     try:
         from torchdiffeq import odeint
     except ImportError:
         raise UserError(
-            f"method: {method!r} needs torchdiffeq (pip install torchdiffeq); "
+            f"method: {method!r} requires torchdiffeq (pip install torchdiffeq); "
             f"{', '.join(FIXED_STEP)} do not"
         ) from None
 
@@ -140,7 +167,7 @@ def _make_step(tableau: Tableau, branches: tuple[ModelFn, ...], drift: Drift) ->
             x_i = x + dt * _weighted_sum(tableau.rows[i], slopes) if slopes else x
             t = clock[i].expand(x.shape[0])
             slopes.append(drift(branch(x_i, t), x_i, t))
-        # A step gives back the type it was given, whatever the model computes in.
+        # The state keeps its dtype, whatever dtype the model computes in.
         return (x + dt * _weighted_sum(tableau.weights, slopes)).to(x.dtype)
 
     return ode_step

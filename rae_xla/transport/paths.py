@@ -1,14 +1,14 @@
 """Probability paths between data (t = 0) and noise (t = 1).
 
-A path says how the two are mixed at time ``t``,
+A path defines how data and noise are mixed at time ``t``,
 
     x_t = alpha(t) * data + sigma(t) * noise,
 
-and everything else follows: the velocity a network learns, and the conversions between velocity,
-score and noise. The paths are those of SiT (Ma et al., 2024, section 2 and appendix), with time
-running from data to noise.
+from which follow the velocity that a network learns and the conversions between velocity, score
+and noise. The paths are those of SiT (Ma et al., 2024, section 2 and appendix), with time running
+from data to noise.
 
-Every function takes ``t`` in a shape that broadcasts against ``x``; see :func:`expand_like`.
+All functions require ``t`` in a shape that broadcasts to ``x``; see :func:`expand_like`.
 """
 
 from __future__ import annotations
@@ -28,10 +28,17 @@ VP_BETA_MIN, VP_BETA_MAX = 0.1, 20.0
 
 @dataclass(frozen=True)
 class Path:
-    """One way of mixing data and noise.
+    """A probability path, defined by functions of time.
 
-    ``drift_scale`` and ``drift_variance`` are the coefficients of the probability-flow ODE written
-    with the score: ``velocity = -drift_scale(t) * x + drift_variance(t) * score``.
+    Attributes:
+        name: published name.
+        alpha: coefficient of the data.
+        d_alpha: derivative of ``alpha``.
+        sigma: coefficient of the noise.
+        d_sigma: derivative of ``sigma``.
+        drift_scale: coefficient of x in the probability-flow ODE,
+            ``velocity = -drift_scale(t) * x + drift_variance(t) * score``.
+        drift_variance: coefficient of the score in that ODE.
     """
 
     name: str
@@ -43,34 +50,34 @@ class Path:
     drift_variance: TimeFunction
 
     def interpolate(self, data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """The point ``x_t`` between ``data`` and ``noise``."""
+        """Return ``x_t``, the mixture of ``data`` and ``noise`` at time ``t``."""
         return self.alpha(t) * data + self.sigma(t) * noise
 
     def velocity(self, data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """The derivative of ``x_t`` with respect to ``t``: the target of velocity prediction."""
+        """Return the derivative of ``x_t`` w.r.t. ``t``, the target of velocity prediction."""
         return self.d_alpha(t) * data + self.d_sigma(t) * noise
 
     def velocity_from_score(self, score: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """The velocity at ``x`` given the score of its marginal there."""
+        """Return the velocity at ``x``, given the score of the marginal distribution."""
         return self.drift_variance(t) * score - self.drift_scale(t) * x
 
     def score_from_noise(self, noise: Tensor, t: Tensor) -> Tensor:
-        """The score given the expected noise."""
+        """Return the score, given the expected noise."""
         return -noise / self.sigma(t)
 
     def score_from_velocity(self, velocity: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """The score at ``x`` given the velocity there. Not finite at t = 0."""
+        """Return the score at ``x``, given the velocity. Not finite at t = 0."""
         sigma, ratio = self.sigma(t), self.alpha(t) / self.d_alpha(t)
         return (ratio * velocity - x) / (sigma**2 - ratio * self.d_sigma(t) * sigma)
 
     def noise_from_velocity(self, velocity: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """The expected noise in ``x`` given the velocity there."""
+        """Return the expected noise in ``x``, given the velocity."""
         ratio = self.alpha(t) / self.d_alpha(t)
         return (ratio * velocity - x) / (ratio * self.d_sigma(t) - self.sigma(t))
 
 
 def expand_like(t: Tensor, x: Tensor) -> Tensor:
-    """``t`` of shape (B,) as (B, 1, ..., 1), to broadcast against ``x`` of shape (B, ...)."""
+    """Reshape ``t`` (B,) to (B, 1, ..., 1), which broadcasts to ``x`` (B, ...)."""
     return t.reshape(t.shape + (1,) * (x.dim() - t.dim()))
 
 
@@ -87,7 +94,7 @@ def _linear() -> Path:
 
 
 def _gvp() -> Path:
-    """The trigonometric path: alpha^2 + sigma^2 = 1 at every time."""
+    """Return the trigonometric path, with alpha² + sigma² = 1 at all times."""
     quarter = math.pi / 2
 
     def drift_variance(t: Tensor) -> Tensor:
@@ -106,10 +113,10 @@ def _gvp() -> Path:
 
 
 def _vp() -> Path:
-    """The variance-preserving diffusion, read with time reversed.
+    """Return the variance-preserving diffusion path, with time reversed.
 
-    Its drift coefficients keep the sign they have in forward diffusion time. That disagrees with
-    its own alpha and sigma, and is what published networks of this kind were sampled with.
+    The drift coefficients have the sign of forward diffusion time, which is inconsistent with
+    alpha and sigma. This is kept because published networks were sampled with it.
     """
     spread = VP_BETA_MAX - VP_BETA_MIN
 

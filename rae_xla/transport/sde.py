@@ -1,10 +1,10 @@
-"""Solvers of the reverse-time SDE: the probability flow plus Langevin noise of any strength.
+"""Solvers of the reverse-time SDE: the probability flow with Langevin noise of any strength.
 
-With velocity v, score s and diffusion D(t) the sampler goes from t down to t - dt by
+With velocity v, score s and diffusion D(t), a step from t to t - dt is
 
     x <- x - (v - D s) dt + sqrt(2 D dt) w,        w ~ N(0, 1),
 
-which has the same marginals for every D >= 0 (SiT, section 2.4).
+which has the same marginal distributions for all D >= 0 (SiT, section 2.4).
 """
 
 from __future__ import annotations
@@ -32,30 +32,34 @@ from rae_xla.transport.steps import (
 # (model output, x, t (B,)) -> (velocity, score)
 Fields = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 Diffusion = Callable[[Tensor], Tensor]
-# (index of the step, a tensor of the wanted shape and device) -> standard normal draws
-NormalDraws = Callable[[int, Tensor], Tensor]
+# (index of the step, tensor with the required shape and device) -> standard normal noise
+StepNoise = Callable[[int, Tensor], Tensor]
 
 METHODS = ("euler", "heun")
 LAST_STEPS = ("Mean", "Tweedie", "Euler")
 FORMS = ("constant", "SBDM", "sigma", "linear", "decreasing", "increasing-decreasing")
-# How the published configurations spell it.
+# Misspelt in the published configurations.
 _PUBLISHED_SPELLING = {"inccreasing-decreasing": "increasing-decreasing"}
 
 
 def sde_diffusion(form: str, norm: float, path: Path) -> Diffusion:
-    """The diffusion coefficient D(t) of a named form, scaled by ``norm``.
+    """Return the diffusion coefficient D(t) of a named form.
+
+    Args:
+        form: one of ``FORMS``, in any case.
+        norm: factor of the coefficient.
+        path: the probability path.
 
     Raises:
-        UserError: there is no such form, or D would be negative somewhere.
+        UserError: if the form is unknown, or D would be negative at some time.
     """
-    given = str(form).lower()
-    form = choose("diffusion_form", _PUBLISHED_SPELLING.get(given, form), FORMS)
+    form = choose("diffusion_form", _PUBLISHED_SPELLING.get(str(form).lower(), form), FORMS)
     if not (math.isfinite(norm) and norm >= 0):
-        raise UserError(f"diffusion_norm: {norm!r} given; it is a finite number, 0 or more")
+        raise UserError(f"diffusion_norm must be a finite number of at least 0, got {norm!r}")
     if form == "SBDM" and path.drift_variance(torch.tensor(0.5)) < 0:
         raise UserError(
-            f"diffusion_form: 'SBDM' is negative on the {path.name} path, and the square root "
-            "of a negative diffusion is not a number; use 'sigma' or 'linear'"
+            f"diffusion_form: 'SBDM' is negative on the {path.name} path; choose 'sigma' or "
+            "'linear'"
         )
     forms: dict[str, Diffusion] = {
         "constant": lambda t: torch.full_like(t, norm),
@@ -75,28 +79,28 @@ def sde_states(
     x: Tensor,
     grid: Tensor,
     method: str,
-    draws: NormalDraws,
+    step_noise: StepNoise,
     compile_step: CompileStep | None = None,
 ) -> Iterator[Tensor]:
-    """Walk down ``grid`` and yield the state at every time after the first.
+    """Integrate along ``grid`` and yield the state at each time after the first.
 
     Args:
         model_fn: ``model_fn(x, t)`` with t of shape (B,); see :func:`steps.model_at`.
-        fields: turns the model's output into velocity and score.
+        fields: computes velocity and score from the model's output, x and t.
         diffusion: D(t).
         x: the state at ``grid[0]``, (B, ...).
-        grid: (num_steps,) decreasing times, float32 on the host.
+        grid: (num_steps,) decreasing times, float32 on the CPU.
         method: a name in ``METHODS``.
-        draws: gives the normal draws of each step.
-        compile_step: wraps the function of one step.
+        step_noise: returns the standard normal noise of each step.
+        compile_step: wraps the function of one step, for example to compile it.
 
     Raises:
-        UserError: the method would evaluate the score at t = 0, where it has none.
+        UserError: if the method would evaluate the score at t = 0, where it is not finite.
     """
     if method == "heun" and float(grid[-1]) <= 0:
         raise UserError(
-            "last_step: 'heun' without a last step evaluates the score at t = 0, where it is not "
-            f"finite; give one of {', '.join(LAST_STEPS)}, or use method 'euler'"
+            "last_step: method 'heun' without a last step evaluates the score at t = 0, where it "
+            f"is not finite; choose one of {', '.join(LAST_STEPS)}, or method 'euler'"
         )
     make_step = {"euler": _euler_step, "heun": _heun_step}[method]
     step_for = step_for_branches(
@@ -106,16 +110,19 @@ def sde_states(
         stage_times = [now] if method == "euler" else [now, after]
         branches = tuple(model_at(model_fn, float(time)) for time in stage_times)
         clock = make_clock(stage_times, now - after).to(x.device)
-        x = step_for(branches)(x, draws(k, x), clock)
+        x = step_for(branches)(x, step_noise(k, x), clock)
         yield x
 
 
 @dataclass(frozen=True)
 class LastStep:
-    """The last step, without noise, taken from ``time`` towards data.
+    """The last step of the sampler, without noise.
 
-    ``Mean`` is the mean of an Euler step of the SDE of length ``size``, ``Euler`` such a step of
-    the ODE, ``Tweedie`` the expected data given the state.
+    Attributes:
+        kind: ``Mean``, the mean of an Euler step of the SDE; ``Euler``, an Euler step of the ODE;
+            or ``Tweedie``, the expected data given the state.
+        time: the time at which it starts.
+        size: the length of the step.
     """
 
     kind: str
@@ -132,7 +139,17 @@ def take_last_step(
     x: Tensor,
     compile_step: CompileStep | None = None,
 ) -> Tensor:
-    """The state after the last step; the arguments are those of :func:`sde_states`."""
+    """Return the state after the last step.
+
+    Args:
+        last: kind, time and size of the step.
+        model_fn: see :func:`sde_states`, also for ``fields``, ``diffusion`` and ``compile_step``.
+        fields: computes velocity and score.
+        diffusion: D(t).
+        path: the probability path.
+        x: the state at ``last.time``, (B, ...).
+        compile_step: wraps the function of the step.
+    """
     branch = model_at(model_fn, last.time)
 
     def last_step(x: Tensor, clock: Tensor) -> Tensor:
@@ -151,18 +168,18 @@ def take_last_step(
     return step(x, make_clock([torch.tensor(last.time)], torch.tensor(last.size)).to(x.device))
 
 
-def draws_from(generator: torch.Generator | None) -> NormalDraws:
-    """One ``torch.randn`` a step, from ``generator`` or torch's own."""
+def noise_from_generator(generator: torch.Generator | None) -> StepNoise:
+    """Return step noise from ``generator``, or from PyTorch's global generator if it is None."""
 
-    def draw(step: int, like: Tensor) -> Tensor:
+    def step_noise(step: int, like: Tensor) -> Tensor:
         device = like.device if generator is None else generator.device
         return torch.randn(like.shape, generator=generator, device=device).to(like)
 
-    return draw
+    return step_noise
 
 
 def _reverse_drift(branch: ModelFn, fields: Fields, diffusion: Diffusion) -> ModelFn:
-    """The function (x, t) -> v - D s."""
+    """Return the function (x, t) -> v - D s."""
 
     def reverse_drift(x: Tensor, t: Tensor) -> Tensor:
         velocity, score = fields(branch(x, t), x, t)

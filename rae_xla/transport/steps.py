@@ -1,10 +1,10 @@
-"""What the ODE and the SDE solver share: a step is a function of tensors that compiles once.
+"""Solver steps: functions of tensors that a backend compiles once. Shared by ODE and SDE solvers.
 
-A backend that compiles graphs must see the same graph at every step. So a step takes its times as
-a small tensor, the *clock*: the times of its stages, then the step size. (One vector and not
-several scalars: XLA bakes a scalar that happens to be 0 or 1 into the graph, which would then be
-compiled again.) What may differ from step to step is which branch of the model runs, guided or
-not; that is decided on the host, and every branch has a step of its own.
+A backend that compiles graphs requires the same graph at every step. Therefore a step takes its
+times as a small tensor, the *clock*: the times of its stages, then the step size. The clock is one
+vector rather than several scalars because XLA embeds a scalar that happens to be 0 or 1 in the
+graph as a constant, which would cause a recompilation. Only the branch of the model (guided or
+not) may differ between steps; it is chosen on the host, and there is one step function per branch.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from torch import Tensor
 
 from rae_xla.errors import UserError
 
-# x of shape (B, ...) and t of shape (B,) to a prediction of the shape of x.
+# (x (B, ...), t (B,)) -> prediction of the shape of x
 ModelFn = Callable[[Tensor, Tensor], Tensor]
 Step = Callable[..., Tensor]
 CompileStep = Callable[[Step], Step]
-# Called with the number of steps done and their total.
+# Called with (completed steps, total steps).
 Progress = Callable[[int, int], None]
 
 
 def model_at(model_fn: ModelFn, time: float) -> ModelFn:
-    """The function to evaluate at ``time``: ``model_fn.at(time)`` if it has one, else itself."""
+    """Return the function to evaluate at ``time``: ``model_fn.at(time)`` if it has ``at``."""
     at = getattr(model_fn, "at", None)
     return model_fn if at is None else at(time)
 
@@ -34,7 +34,12 @@ def model_at(model_fn: ModelFn, time: float) -> ModelFn:
 def step_for_branches(
     make_step: Callable[[tuple[ModelFn, ...]], Step], compile_step: CompileStep | None
 ) -> Callable[[tuple[ModelFn, ...]], Step]:
-    """A function giving the step that runs the given branches, built and compiled at most once."""
+    """Return a function from model branches to their step, built and compiled at most once.
+
+    Args:
+        make_step: builds the step from the branch of the model at each stage.
+        compile_step: compiles a step; None leaves it as it is.
+    """
 
     @functools.cache
     def step_for(branches: tuple[ModelFn, ...]) -> Step:
@@ -45,12 +50,12 @@ def step_for_branches(
 
 
 def make_clock(stage_times: Sequence[Tensor], dt: Tensor) -> Tensor:
-    """The clock of one step, float32 on the host."""
+    """Return the clock of one step: the stage times and the step size, float32 on the CPU."""
     return torch.stack([*stage_times, dt]).float()
 
 
 def last_state(states: Iterator[Tensor], total: int, progress: Progress | None) -> Tensor:
-    """Run a solver that yields at least one state to its end, and report every step."""
+    """Return the last state that a solver yields, and report each of its ``total`` steps."""
     for done, state in enumerate(states, start=1):
         last = state
         if progress is not None:
@@ -58,15 +63,28 @@ def last_state(states: Iterator[Tensor], total: int, progress: Progress | None) 
     return last
 
 
-def require_steps(num_steps: int, least: int) -> None:
-    """Refuse a number of steps that is not an integer of at least ``least``."""
-    if not isinstance(num_steps, int) or num_steps < least:
-        raise UserError(f"num_steps: {num_steps!r} given; it is an integer of at least {least}")
+def require_steps(num_steps: int, minimum: int) -> None:
+    """Raise if ``num_steps`` is not an integer of at least ``minimum``.
+
+    Raises:
+        UserError: if it is not.
+    """
+    if not isinstance(num_steps, int) or num_steps < minimum:
+        raise UserError(f"num_steps must be an integer of at least {minimum}, got {num_steps!r}")
 
 
-def choose(option: str, given: object, valid: Sequence[str]) -> str:
-    """The name in ``valid`` that ``given`` spells, in whatever case; else a UserError."""
+def choose(option: str, value: object, valid: Sequence[str]) -> str:
+    """Return the element of ``valid`` that equals ``value``, ignoring case.
+
+    Args:
+        option: name of the option, for the error message.
+        value: the configured value.
+        valid: valid values in their canonical case.
+
+    Raises:
+        UserError: if there is none.
+    """
     for name in valid:
-        if str(given).lower() == name.lower():
+        if str(value).lower() == name.lower():
             return name
-    raise UserError(f"{option}: {given!r} is not one of {', '.join(valid)}")
+    raise UserError(f"{option}: {value!r} is not one of {', '.join(valid)}")

@@ -1,4 +1,4 @@
-"""When a network is asked: the time shift, the training distribution of t, the sampling grid."""
+"""Times: the time shift, the training distribution and the sampling grid."""
 
 from __future__ import annotations
 
@@ -13,35 +13,46 @@ from rae_xla.errors import UserError
 
 
 def shift_time(t: Tensor, shift: float) -> Tensor:
-    """Move times towards noise: ``shift * t / (1 + (shift - 1) * t)``, which keeps 0 and 1.
+    """Shift times towards noise: ``shift * t / (1 + (shift - 1) * t)``, which preserves 0 and 1.
 
-    Larger latents need more noise to hide the same content, so ``shift`` grows with the square root
-    of their size (Esser et al., 2024, section 5.3.2; RAE uses ``sqrt(C * H * W / 4096)``).
+    Larger latents require more noise to destroy the same information, so ``shift`` grows with the
+    square root of their size (Esser et al., 2024, section 5.3.2; RAE uses
+    ``sqrt(C * H * W / 4096)``).
     """
     return shift * t / (1 + (shift - 1) * t)
 
 
 def time_grid(interval: tuple[float, float], num_steps: int, shift: float) -> Tensor:
-    """``num_steps`` decreasing times, float32 on the host, from noise towards data.
+    """Return decreasing times from noise towards data, evenly spaced and then shifted.
 
-    The grid is evenly spaced over one minus ``interval``, and then shifted.
+    Args:
+        interval: (start, end) of ``1 - t``, unshifted.
+        num_steps: number of grid points.
+        shift: the time shift.
+
+    Returns:
+        (num_steps,) float32 on the CPU.
     """
     return shift_time(1 - torch.linspace(*interval, num_steps), shift)
 
 
 @dataclass(frozen=True)
 class TimeDistribution:
-    """The distribution training draws its (unshifted) times from.
+    """Distribution of the unshifted training times.
 
-    ``logit_normal`` is None for the uniform distribution, and else the mean and the standard
-    deviation of ``logit(t)``; it is truncated to the training interval, so that no mass piles up
-    at its ends.
+    Attributes:
+        logit_normal: mean and standard deviation of ``logit(t)``, or None for the uniform
+            distribution. The distribution is truncated to the training interval rather than
+            clamped, so that no probability mass accumulates at its ends.
     """
 
     logit_normal: tuple[float, float] | None = None
 
     def sample(self, u: Tensor, interval: tuple[float, float]) -> Tensor:
-        """Turn uniform draws ``u`` in [0, 1) into times in ``interval`` (inverse transform)."""
+        """Transform uniform random numbers ``u`` in [0, 1) to times in ``interval``.
+
+        Uses the inverse of the cumulative distribution function.
+        """
         low, high = interval
         if self.logit_normal is None:
             return u * (high - low) + low
@@ -53,10 +64,10 @@ class TimeDistribution:
 
 
 def parse_time_distribution(name: str) -> TimeDistribution:
-    """Read ``uniform`` or ``logit-normal_<mean>_<std>``.
+    """Parse ``uniform`` or ``logit-normal_<mean>_<std>``.
 
     Raises:
-        UserError: the name is neither, or the standard deviation is not positive.
+        UserError: if the name is neither, or the standard deviation is not positive.
     """
     if name == "uniform":
         return TimeDistribution()
@@ -64,7 +75,7 @@ def parse_time_distribution(name: str) -> TimeDistribution:
     match = re.fullmatch(f"logit-normal_{number}_{number}", str(name))
     if match is None or float(match[2]) <= 0:
         raise UserError(
-            f"time_dist_type: {name!r} is not a time distribution; give 'uniform' or "
+            f"time_dist_type: {name!r} is not a time distribution; choose 'uniform' or "
             "'logit-normal_<mean>_<std>' with std > 0, such as 'logit-normal_0_1'"
         )
     return TimeDistribution((float(match[1]), float(match[2])))

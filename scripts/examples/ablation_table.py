@@ -1,9 +1,9 @@
-"""A table and a plot of the runs of scripts/examples/ablations.sh.
+"""Summarise the runs of scripts/examples/ablations.sh in a table and a plot.
 
     python scripts/examples/ablation_table.py results/ablations gan tau lr lpips
 
-The losses are means over the last tenth of a run's log lines; PSNR and SSIM are of the last
-evaluation, on validation images. Totals of runs that differ in a weight are not comparable.
+Losses are means over the last tenth of the log lines of a run; PSNR and SSIM are those of the last
+evaluation, on validation images. Total losses of runs with different weights are not comparable.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Lines = list[dict[str, float]]
 
 
 def read(folder: Path, run: str) -> Lines:
-    """A run's metrics."""
+    """Return the lines of the metrics file of a run."""
     path = folder / run / "metrics.jsonl"
     if not path.exists():
         sys.exit(f"ablation_table: {path} does not exist: has the run {run} been trained?")
@@ -42,7 +42,7 @@ def read(folder: Path, run: str) -> Lines:
 
 
 def at_the_end(lines: Lines, name: str) -> float | None:
-    """The mean of a figure's last values; None where a run has no such figure."""
+    """Return the mean of the last values of a metric, or None if the run has no such metric."""
     values = [line[name] for line in lines if name in line]
     if not values:
         return None
@@ -50,7 +50,7 @@ def at_the_end(lines: Lines, name: str) -> float | None:
 
 
 def table(runs: dict[str, Lines], labels: dict[str, str]) -> str:
-    """A Markdown table, a run per line."""
+    """Return a Markdown table with one line per run."""
     width = max(map(len, labels.values()))
     rows = [[f"{'run':<{width}}", *(f"{name:>8}" for name in COLUMNS)]]
     rows.append(["-" * width, *("-------:" for _ in COLUMNS)])
@@ -62,7 +62,7 @@ def table(runs: dict[str, Lines], labels: dict[str, str]) -> str:
 
 
 def plot(runs: dict[str, Lines], names: list[str], path: Path) -> None:
-    """L1 over the steps, a panel per ablation."""
+    """Plot L1 over the steps, with one panel per ablation."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -88,7 +88,7 @@ def plot(runs: dict[str, Lines], names: list[str], path: Path) -> None:
 
 
 def main() -> None:
-    """Print the table; write it and the plot."""
+    """Run the command line: print and write the table, and write the plot."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("names", nargs="+", choices=RUNS)

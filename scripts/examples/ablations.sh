@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# The article's ablations of decoder training, one short run each, then a table and a plot. Each run
-# is a small file in configs/ablations/decoder on top of base.yaml. Started again, it goes on.
+# The paper's ablations of decoder training, one short run each, then a table and a plot. The config of
+# a run is a small file in configs/ablations/decoder based on base.yaml. A second run resumes.
 set -euo pipefail
 
 usage() {
     cat <<'EOF'
 usage: bash scripts/examples/ablations.sh [--digits] [--out DIR] [NAME ...] [key=value ...]
 
-  NAME        gan (on, off), tau (0.8, 0), lr (2e-4, 1e-4, 4e-4), lpips (1, 0.5, 2); all if none
-  --digits    on the quickstart's handwritten digits, with random loss networks: minutes on a CPU
-  --out DIR   results (results/ablations, or results/ablations-digits)
-  key=value   settings for every run, such as data.train=shards/imagenet-train
+  NAME        gan (on, off), tau (0.8, 0), lr (2e-4, 1e-4, 4e-4), lpips (1, 0.5, 2); default: all
+  --digits    train on the quickstart's handwritten digits, with random loss networks: minutes on a CPU
+  --out DIR   results (default: results/ablations, or results/ablations-digits)
+  key=value   settings of every run, such as data.train=shards/imagenet-train
 
 Without --digits: ImageNet shards and the published files, see configs/stage1/dinov2_b_256.yaml.
 EOF
@@ -28,13 +28,13 @@ while (($#)); do
         -h | --help) usage && exit ;;
         gan | tau | lr | lpips) names+=("$1") ;;
         *=*) settings+=("$1") ;;
-        *) usage >&2 && printf 'ablations.sh: unknown: %s\n' "$1" >&2 && exit 2 ;;
+        *) usage >&2 && printf 'ablations.sh: unknown argument: %s\n' "$1" >&2 && exit 2 ;;
     esac
     shift
 done
 ((${#names[@]})) || names=(gan tau lr lpips)
 configs=configs/ablations/decoder
-# SMOKE=1: --digits with the smallest of stand-ins for data and networks, in seconds.
+# SMOKE=1: --digits with tiny stand-ins for data and networks, in seconds.
 smoke=${SMOKE:-}
 [[ -z $smoke ]] || digits=true
 if [[ -z ${VIRTUAL_ENV:-} && -e .venv/bin/activate ]]; then
@@ -77,7 +77,7 @@ for run in "${runs[@]}"; do
     own=("${settings[@]}")
     config=$configs/$run.yaml
     if $digits; then
-        # digits.yaml stands for base.yaml, and has its own learning rate to halve and double
+        # digits.yaml replaces base.yaml; its own learning rate is halved and doubled
         case $run in
             base) config=$configs/digits.yaml own=("${settings[@]:1}") ;;
             lr_1e-4) own+=(training.scheduler.base_lr=5.0e-4) ;;

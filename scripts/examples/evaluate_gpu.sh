@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # FID, sFID, Inception Score, precision and recall of 50,000 samples, on all GPUs of a machine.
 #
-# Data     SAMPLES=... (results/sample_gpu), a folder or an .npz; REFERENCE=..., the ADM suite's batch of
-#          ImageNet 256 px, downloaded when it is not there (2 GB)
-# Expect   gFID 1.51 for DiT-DH-XL without guidance (the article)
+# Data     SAMPLES=... (results/sample_gpu), a folder or an .npz; REFERENCE=..., the reference batch of the
+#          ADM evaluation suite, ImageNet 256 px, downloaded if missing (2 GB)
+# Expect   gFID 1.51 for DiT-DH-XL without guidance (the paper)
 # Results  $OUT (results/evaluate_gpu)/gen.json, and a table
 cd "$(dirname "${BASH_SOURCE[0]}")/../.." && . scripts/examples/lib_examples.sh
 begin configs/sampling/ditdh_xl_256.yaml "$@"
 reference=${REFERENCE:-models/VIRTUAL_imagenet256_labeled.npz}
 what=(--reference "$reference" "$@")
-if $smoke; then # the features of a tiny DINOv2: Inception would have to be downloaded
+if $smoke; then # features of a tiny DINOv2, because Inception would have to be downloaded
     what=(--reference "$smoke_dir/images.npz" --metrics fd_dinov2 runtime.backend=torch
         weights.dinov2=tests/golden/rae/dinov2/encoder)
 elif [[ ! -e $reference ]]; then

@@ -3,9 +3,9 @@
 #
 # Config   configs/sampling/ditdh_xl_256.yaml, or CONFIG=...; your own weights: CKPT=results/ditdh
 # Files    weights, decoder and statistics: downloaded from nyu-visionx/RAE-collections to models/
-# Expect   gFID 1.51 (the article); guidance.scale=... and the *_autoguidance.yaml give others
-# Results  $OUT (results/sample_gpu): PNGs, grid.png, samples.npz. Interrupted and started again, on as
-#          many GPUs or others, it goes on.
+# Expect   gFID 1.51 (the paper); guidance.scale=... and the *_autoguidance.yaml give others
+# Results  $OUT (results/sample_gpu): PNGs, grid.png, samples.npz. A second run resumes, on any
+#          number of GPUs.
 cd "$(dirname "${BASH_SOURCE[0]}")/../.." && . scripts/examples/lib_examples.sh
 begin "${CONFIG:-configs/sampling/ditdh_xl_256.yaml}" "$@"
 published_sampler

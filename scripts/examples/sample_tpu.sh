@@ -3,8 +3,8 @@
 #
 # Config   configs/sampling/ditdh_xl_256.yaml, or CONFIG=...; your own weights: CKPT=gs://...
 # Files    weights, decoder and statistics: downloaded from nyu-visionx/RAE-collections to models/
-# Expect   gFID 1.51 (the article); guidance.scale=... and the *_autoguidance.yaml give others
-# Results  $OUT (results/sample_tpu): PNGs, grid.png, samples.npz. Started again, it goes on. On a pod
+# Expect   gFID 1.51 (the paper); guidance.scale=... and the *_autoguidance.yaml give others
+# Results  $OUT (results/sample_tpu): PNGs, grid.png, samples.npz. A second run resumes. On a pod
 #          $OUT must be a folder that all hosts share.
 cd "$(dirname "${BASH_SOURCE[0]}")/../.." && . scripts/examples/lib_examples.sh
 begin "${CONFIG:-configs/sampling/ditdh_xl_256.yaml}" "$@"

@@ -1,10 +1,9 @@
-"""What SMOKE=1 puts in the place of ImageNet, of published weights and of a pod.
+"""Tiny stand-ins for ImageNet, published weights and a pod, for SMOKE=1.
 
     python scripts/examples/smoke.py CONFIG FOLDER
 
-makes, in FOLDER, shards of coloured noise and random networks, and prints settings, one a line,
-that make CONFIG so small that a CPU runs it in seconds. Encoders and decoders are the tests' own
-(tests/golden).
+writes shards of coloured noise and random networks to FOLDER, and prints settings, one per line,
+that reduce CONFIG until a CPU runs it in seconds. Encoders and decoders are those of tests/golden.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ sys.path.insert(0, str(ROOT / "scripts/quickstart"))
 
 CLASSES, IMAGES, SIZE = 4, 24, 32
 DINO = {"depth": 2, "embed_dim": 32, "num_heads": 4, "patch_size": 32}
-# tests/golden/rae: name, the parameter that has the encoder's folder, its input in pixels
+# Of tests/golden/rae: name, parameter that holds the folder of the encoder, input size in pixels.
 ENCODERS = {
     "Dinov2withNorm": ("dinov2", "dinov2_path", 56),
     "SigLIP2wNorm": ("siglip2", "model_name", 32),
@@ -44,13 +43,13 @@ MODEL = [
 
 
 def write_data(folder: Path) -> Path:
-    """Shards of noise, and ``images.npz`` with the same as a reference for the FID."""
+    """Write shards of noise, and ``images.npz`` with the same images as a reference of the FID."""
     out = folder / "shards"
     if not (out / "index.json").exists():
-        import numpy as np  # what is there already should cost no time
+        import numpy as np  # imported only if data is missing, to save time
 
-        from rae_xla.data.shards import write_shards
-        from rae_xla.data.sources import array_source
+        from rae_xla.data.shards.sources import array_source
+        from rae_xla.data.shards.writer import write_shards
 
         rng = np.random.default_rng(0)
         images = rng.integers(0, 256, (IMAGES, SIZE, SIZE, 3), dtype=np.uint8)
@@ -60,7 +59,7 @@ def write_data(folder: Path) -> Path:
 
 
 def write_networks(folder: Path) -> None:
-    """VGG16 and the discriminator's backbone, random (see scripts/quickstart)."""
+    """Write a random VGG16 and a random backbone of the discriminator (see scripts/quickstart)."""
     if not (folder / "dino.pth").exists():
         from random_loss_networks import write_dino, write_vgg16
 
@@ -69,7 +68,7 @@ def write_networks(folder: Path) -> None:
 
 
 def write_diffusion_model(folder: Path, config: str, settings: list[str]) -> Path:
-    """Random weights of the configuration's model, for what only samples."""
+    """Write random weights of the configured model, for scripts that only sample."""
     path = folder / "ditdh.pt"
     if not path.exists():
         import torch
@@ -83,11 +82,13 @@ def write_diffusion_model(folder: Path, config: str, settings: list[str]) -> Pat
 
 
 def main() -> None:
-    """Make what is missing and print the settings."""
+    """Write the files that are missing and print the settings."""
     config = yaml.safe_load(Path(sys.argv[1]).read_text(encoding="utf-8"))
     folder = Path(sys.argv[2])
     folder.mkdir(parents=True, exist_ok=True)
-    autoencoder = config.get("stage_1", {}).get("params", {})  # of a file with a base: of that
+    autoencoder = config.get("stage_1", {}).get(
+        "params", {}
+    )  # empty if the file inherits it from its base
     name, parameter, pixels = ENCODERS[autoencoder.get("encoder_cls", "Dinov2withNorm")]
     encoder = ROOT / "tests/golden/rae" / name
     shards = write_data(folder)

@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
-# Mean and variance of the latents, for an encoder or data of your own (the published autoencoders
-# come with theirs).
+# Mean and variance of the latents of your own encoder or data (published autoencoders include theirs).
 #
 # Config   configs/stage1/dinov2_b_256.yaml, or CONFIG=...
 # Data     gs://$BUCKET/shards/imagenet-train; without BUCKET, shards/ here, or data.train=...

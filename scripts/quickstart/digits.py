@@ -1,13 +1,13 @@
-"""Write scikit-learn's handwritten digits as an image folder: the quickstart's real data.
+"""Write the handwritten digits of scikit-learn as an image folder: the real data of the quickstart.
 
 The 1,797 digits (8x8 pixels, ink 0 to 16) are a copy of the test set of the UCI "Optical
 Recognition of Handwritten Digits" data; they ship with scikit-learn, so nothing is downloaded.
-Every fifth one, class by class, is held out and never trained on.
+A fifth of each class is held out for testing and never trained on.
 
     python scripts/quickstart/digits.py --out results/quickstart/images
 
 writes ``train/<digit>/<number>.png`` (1,437 images) and ``test/<digit>/<number>.png`` (360), where
-``number`` is the digit's position in scikit-learn's array.
+``number`` is the index of the digit in the array of scikit-learn.
 """
 
 from __future__ import annotations
@@ -64,18 +64,20 @@ def read(folder: Path) -> tuple[np.ndarray, np.ndarray]:
         Images (N, H, W, 3) uint8 and labels (N,) int64.
 
     Raises:
-        FileNotFoundError: the folder holds no such image.
+        FileNotFoundError: If the folder contains no such image.
     """
     paths = sorted(folder.glob("[0-9]/*.png"))
     if not paths:
-        raise FileNotFoundError(f"{folder} holds no <digit>/*.png; run digits.py --out first")
+        raise FileNotFoundError(f"{folder} contains no <digit>/*.png: run digits.py --out first")
     images = np.stack([np.asarray(Image.open(path).convert("RGB")) for path in paths])
     return images, np.array([int(path.parent.name) for path in paths])
 
 
 def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description="Write scikit-learn's digits as an image folder.")
+    """Run the command line."""
+    parser = argparse.ArgumentParser(
+        description="Write the digits of scikit-learn as an image folder."
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--size", type=int, default=IMAGE_SIZE, help="image side in pixels")
     args = parser.parse_args()

@@ -1,22 +1,22 @@
-"""Judge the quickstart's results against real digits, in pixels, without any pretrained network.
+"""Evaluate the results of the quickstart against real digits, in pixels, without pretrained nets.
 
     python scripts/quickstart/judge.py --images results/quickstart/images \
         --reconstructed results/quickstart/reconstructed \
         --generated "no guidance=results/quickstart/samples/plain.npz" \
         --out results/quickstart/judge.json
 
-What is measured, for the generated digits and, as a yardstick, for as many real training digits:
+Metrics of the generated digits and, for comparison, of the same number of real training digits:
 
-- accuracy: a support vector machine trained on the real training digits names the digit; how often
-  is it the one that was asked for?
+- accuracy: the share of digits that a support vector machine, trained on the real training digits,
+  classifies as the requested class.
 - frechet: Fréchet distance between Gaussians fitted to raw pixels, to the test split. (The FID
   formula of Heusel et al. 2017, on pixels in [0, 1] instead of Inception features.)
 - coverage: the share of real test digits with a generated one nearer than their own fifth nearest
   neighbour in the test split (Naeem et al. 2020).
-- twins: the share of digits with another one of their class nearer to them than any two training
+- twins: the share of digits that have a neighbour of their class nearer than any two training
   digits of that class are to each other.
-- copies: the share of digits nearer than that to a training digit.
-- psnr, of the reconstructions of the test split: dB, the mean over images.
+- copies: the share of digits that are nearer than that to a training digit.
+- psnr: peak signal-to-noise ratio of the reconstructions of the test split in dB, mean over images.
 
 All distances are Euclidean, on gray pixels in [0, 1].
 """
@@ -36,7 +36,7 @@ from sklearn.metrics import pairwise_distances
 from sklearn.svm import SVC
 
 NEIGHBOUR = 5
-# The penalty at which an RBF machine names 99% of the test digits (1.0 gives 98.6%).
+# With this penalty an RBF machine classifies 99% of the test digits correctly (1.0: 98.6%).
 SVM_PENALTY = 5.0
 
 
@@ -101,7 +101,7 @@ def share_near(
 
 @dataclass(frozen=True)
 class Verdict:
-    """One row of the table; the module's docstring says what each number is."""
+    """One row of the table; the docstring of the module defines each number."""
 
     name: str
     count: int
@@ -114,7 +114,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Judge:
-    """The real digits, flattened, and what was learned from the training ones."""
+    """The real digits, flattened, and the classifier fitted to the training split."""
 
     train: np.ndarray
     train_labels: np.ndarray
@@ -138,11 +138,11 @@ class Judge:
         return cls(train, train_labels, test, test_labels, machine, closest)
 
     def accuracy_on_test(self) -> float:
-        """Return the machine's accuracy on the real test digits."""
+        """Return the accuracy of the machine on the real test digits."""
         return float(self.machine.score(self.test, self.test_labels))
 
     def judge(self, name: str, images: np.ndarray, labels: np.ndarray) -> Verdict:
-        """Judge generated uint8 images (N, H, W, 3) that were asked to show ``labels`` (N,)."""
+        """Evaluate generated uint8 images (N, H, W, 3) of the requested ``labels`` (N,)."""
         pixels = flatten(images)
         train = (self.train, self.train_labels)
         return Verdict(
@@ -156,10 +156,10 @@ class Judge:
         )
 
     def judge_training_digits(self, count: int | None = None, seed: int = 0) -> Verdict:
-        """Judge ``count`` training digits, drawn without class balance (all of them: None).
+        """Evaluate ``count`` random training digits, or all of them (None).
 
-        The machine was trained on them and they are their own copies: neither is a finding, so
-        both are left out.
+        Accuracy and copies are left out: the machine was trained on these digits, and each is its
+        own copy.
         """
         rows = np.random.default_rng(seed).permutation(len(self.train))[:count]
         pixels, labels = self.train[rows], self.train_labels[rows]
@@ -184,7 +184,7 @@ def read_reconstructions(real: Path, reconstructed: Path) -> tuple[np.ndarray, n
     """Read each real image below ``real`` and the image of the same relative path.
 
     Raises:
-        FileNotFoundError: a reconstruction is missing.
+        FileNotFoundError: If a reconstruction is missing.
     """
     names = sorted(path.relative_to(real) for path in real.glob("*/*.png"))
 
@@ -195,19 +195,19 @@ def read_reconstructions(real: Path, reconstructed: Path) -> tuple[np.ndarray, n
 
 
 def read_generated(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Read an .npz of `rae-xla sample`: ``arr_0`` images, ``labels`` the classes asked for.
+    """Read an .npz of `rae-xla sample`: ``arr_0`` are the images, ``labels`` the requested classes.
 
     Raises:
-        KeyError: the file holds no labels.
+        KeyError: If the file contains no labels.
     """
     with np.load(path) as arrays:
         if "labels" not in arrays:
-            raise KeyError(f"{path} has no labels: is it a sample set of rae-xla?")
+            raise KeyError(f"{path} contains no labels: is it a sample set of rae-xla?")
         return arrays["arr_0"], arrays["labels"]
 
 
 def table(verdicts: list[Verdict]) -> str:
-    """Lay the verdicts out for a terminal."""
+    """Format the verdicts as a table for a terminal."""
 
     def percent(value: float | None) -> str:
         return "-" if value is None else f"{value:.1%}"
@@ -244,7 +244,12 @@ def main() -> None:
     parser.add_argument(
         "--generated", action="append", default=[], metavar="NAME=FILE.npz", help="repeatable"
     )
-    parser.add_argument("--out", type=Path, required=True, help="JSON file; a .txt comes beside it")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        help="JSON file; the table is written to a .txt file of the same name",
+    )
     args = parser.parse_args()
 
     judge = Judge.learn(*read(args.images / "train"), *read(args.images / "test"))

@@ -1,10 +1,10 @@
 # shellcheck shell=bash
-# The steps of scripts/quickstart.sh: each is done once, timed, and taken up where it stopped.
-# Sourced, not run.
+# The steps of scripts/quickstart.sh: each one runs once, is timed, and resumes if it was interrupted.
+# Sourced, not executed.
 #
-# A step leaves two stamps, one when it begins and one when it is complete. Its result counts while
-# it is there and no earlier step was done after it. What an unfinished step has left is built upon
-# under the same condition, and removed otherwise.
+# A step leaves two stamps, one when it starts and one when it is complete. Its result is valid as long
+# as it exists and no earlier step ran after it. The partial result of an interrupted step is kept under
+# the same condition and removed otherwise.
 
 # begin_steps FOLDER
 begin_steps() {
@@ -20,16 +20,16 @@ begin_steps() {
     trap end_steps EXIT
 }
 
-# Says how to go on where a step did not come to its end.
+# Print how to resume if a step did not complete.
 end_steps() {
     local status=$? unfinished=$running
     record_time
     [[ -z $unfinished ]] ||
-        printf '\nStopped in step %d, %s (status %d). The same command goes on from here.\n' \
+        printf '\nStopped in step %d, %s (status %d). Run the same command to resume.\n' \
             "$number" "$unfinished" "$status"
 }
 
-# quoted COMMAND...: as it can be typed.
+# quoted COMMAND...: print the command as it can be typed.
 quoted() {
     local word words=()
     for word; do
@@ -47,7 +47,7 @@ step() {
     stamp=$stamps/$(printf '%02d' "$number")
     printf '\n%s%2d  %s%s\n' "$bold" "$number" "$name" "$plain"
     if [[ -e $result && -e $stamp.done && ! $previous -nt $stamp.done ]]; then
-        printf '    done already: %s\n' "$result"
+        printf '    already complete: %s\n' "$result"
     else
         if [[ ! -e $stamp.begun || -e $stamp.done || $previous -nt $stamp.begun ]]; then
             rm -rf "$result" "$stamp.done"
@@ -63,7 +63,7 @@ step() {
     previous=$stamp.done
 }
 
-# The time of a step that is interrupted counts too.
+# Record the time of a step; interrupted steps count too.
 record_time() {
     [[ -n $running ]] || return 0
     awk -v name="$running" -v begin="$begin" -v end="$EPOCHREALTIME" \
@@ -71,7 +71,7 @@ record_time() {
     running=
 }
 
-# sum_of_times: minutes and seconds of all steps, of earlier runs too.
+# sum_of_times: print minutes and seconds of all steps, including those of earlier runs.
 sum_of_times() {
     awk -F '\t' '{ sum += $2 } END { printf "%d min %02d s\n", sum / 60, sum % 60 }' "$times"
 }

@@ -1,17 +1,17 @@
-"""Pretrain the quickstart's encoder: a tiny DINOv2-with-registers that knows handwritten digits.
+"""Pretrain the encoder of the quickstart: a tiny DINOv2 with registers for handwritten digits.
 
-A representation autoencoder starts from a frozen, pretrained encoder. Nobody publishes one for
-32-pixel digits, so this script makes one in seconds, on the training digits only, and saves it as
-an ordinary Hugging Face folder: everything after it treats the folder as it would treat
+A representation autoencoder starts from a frozen, pretrained encoder. There is no published one for
+32-pixel digits, so this script trains one in seconds, on the training digits only, and saves it as
+an ordinary Hugging Face folder. The later steps use the folder as they would use
 ``facebook/dinov2-with-registers-base``.
 
-Two objectives, both read from the same patch tokens:
+Two objectives, both computed from the same patch tokens:
 
 - masked reconstruction: some patches are replaced by the mask token, noise is added to the output
-  tokens, and a linear head must return the whole image (pixels stay in the latents, and nearby
-  latents mean similar images);
-- classification: a linear head on the mean token names the digit (so, unlike DINOv2, the
-  pretraining is supervised; it stands in for the semantics DINOv2 draws from 142 million images).
+  tokens, and a linear head must reconstruct the complete image (so the latents keep the pixels, and
+  nearby latents mean similar images);
+- classification: a linear head on the mean token predicts the digit (unlike DINOv2, the pretraining
+  is supervised; it replaces the semantics that DINOv2 learns from 142 million images).
 
     python scripts/quickstart/pretrain_encoder.py --images results/quickstart/images \
         --out results/quickstart/encoder
@@ -41,7 +41,7 @@ REGISTERS = 4
 def build_encoder(
     image_size: int, *, hidden_size: int = 64, depth: int = 2, heads: int = 4
 ) -> Dinov2WithRegistersModel:
-    """Return an untrained encoder whose final LayerNorm is, and stays, without an affine part.
+    """Return an untrained encoder whose final LayerNorm has a fixed identity affine part.
 
     RAE removes that affine part (``normalize=True``), so the objectives must not rely on it.
     """
@@ -62,7 +62,7 @@ def build_encoder(
 
 
 class Objectives(nn.Module):
-    """The two linear heads that are thrown away after pretraining."""
+    """The two linear heads, which are discarded after pretraining."""
 
     def __init__(self, hidden_size: int, classes: int = 10) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ def patches_of(pixels: Tensor) -> Tensor:
 
 
 def shift(pixels: Tensor, most: int) -> Tensor:
-    """Move each image by up to ``most`` pixels, its edge continued."""
+    """Shift each image by up to ``most`` pixels; its edge is replicated."""
     size = pixels.shape[-1]
     padded = F.pad(pixels, (most,) * 4, mode="replicate")
     corners = torch.randint(0, 2 * most + 1, (len(pixels), 2))
@@ -160,7 +160,7 @@ def save(encoder: Dinov2WithRegistersModel, out: Path) -> None:
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description="Pretrain a tiny DINOv2-with-registers encoder.")
     parser.add_argument("--images", type=Path, required=True, help="folder written by digits.py")
     parser.add_argument("--out", type=Path, required=True, help="folder to write the encoder to")

@@ -1,7 +1,8 @@
 """Loss networks with RANDOM weights, in the published formats: VGG16 and a small DINO ViT.
 
-The real ones see photographs; on 32-pixel digits, and where nothing can be downloaded, these let
-every part of the stage-1 recipe run. What LPIPS and the discriminator say with them means nothing.
+The published ones are trained on photographs. On 32-pixel digits, and without network access, these
+let every part of the stage-1 recipe run; the values of LPIPS and of the discriminator are then
+meaningless.
 
     python scripts/quickstart/random_loss_networks.py --out results/quickstart/networks
 """
@@ -22,10 +23,8 @@ from rae_xla.models.dino_vit import DINOViT, resolve_recipe
 RECIPE = {"depth": 2, "embed_dim": 64, "num_heads": 4, "patch_size": 32}
 
 
-def drawn(make: Callable[[], nn.Module], seed: int) -> nn.Module:
-    """A network of the same numbers each time, with matrices that keep the scale of what goes
-    through.
-    """
+def random_network(make: Callable[[], nn.Module], seed: int) -> nn.Module:
+    """Return a network with reproducible random weights that preserve the scale of activations."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = make()
@@ -36,24 +35,25 @@ def drawn(make: Callable[[], nn.Module], seed: int) -> nn.Module:
 
 
 def write_vgg16(path: Path, seed: int = 0) -> Path:
-    """VGG16 as torchvision publishes it, without its classifier."""
-    network = drawn(lambda: nn.ModuleDict({"features": make_layers(cfgs["D"])}), seed)
+    """Write a VGG16 in the format of torchvision, without its classifier, and return the path."""
+    network = random_network(lambda: nn.ModuleDict({"features": make_layers(cfgs["D"])}), seed)
     torch.save(network.state_dict(), path)
     return path
 
 
 def write_dino(path: Path, recipe: Mapping[str, float], seed: int = 0) -> Path:
-    """A backbone of the discriminator, as the published file is; tokens differ by their place, as
-    in a trained one.
+    """Write a backbone of the discriminator in the published format and return the path.
+
+    Its position embeddings are random too, so that tokens differ by position as in a trained one.
     """
-    backbone = cast("DINOViT", drawn(lambda: DINOViT(resolve_recipe(recipe)), seed))
+    backbone = cast("DINOViT", random_network(lambda: DINOViT(resolve_recipe(recipe)), seed))
     nn.init.normal_(backbone.pos_embed, generator=torch.Generator().manual_seed(seed))
     torch.save(backbone.state_dict(), path)
     return path
 
 
 def main() -> None:
-    """Write both files."""
+    """Run the command line: write both files."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     out: Path = parser.parse_args().out

@@ -1,12 +1,12 @@
-"""Turn the quickstart's results into one page: ``report.html`` with its pictures beside it.
+"""Write the results of the quickstart as one page: ``report.html`` and its images.
 
     python scripts/quickstart/report.py --results results/quickstart
 
-reads, below the results folder:
+reads these files of the results folder:
 
-    images/test/<digit>/*.png            real digits the models never saw
-    reconstructed/<digit>/*.png          the same ones after encoding and decoding
-    samples/{plain,guided}/samples.npz    generated digits and the labels asked for
+    images/test/<digit>/*.png            real digits that the models were not trained on
+    reconstructed/<digit>/*.png          the same digits after encoding and decoding
+    samples/{plain,guided}/samples.npz    generated digits and the requested labels
     stage1/metrics.jsonl, stage2/metrics.jsonl
     judge.json                           written by judge.py
     times.tsv                            "step<TAB>seconds" lines, written by quickstart.sh
@@ -43,9 +43,9 @@ GOALS = {"psnr": 24.0, "plain": 0.90, "guided": 0.97, "coverage": 0.80, "minutes
 def sheet(
     rows: Sequence[np.ndarray], labels: Sequence[str], *, scale: int = 2, group: int = 1
 ) -> Image.Image:
-    """Lay rows of uint8 images (each N, H, W, 3) out on a dark sheet, a label left of each row.
+    """Arrange rows of uint8 images (each N, H, W, 3) on a dark sheet, with a label for each row.
 
-    Every ``group`` rows stand closer to each other than to the next ones.
+    The rows of a group of ``group`` rows have less space between them than the groups.
     """
     height, width = (side * scale for side in rows[0].shape[1:3])
     gap = height // 8
@@ -65,7 +65,7 @@ def sheet(
 
 
 def sample_sheet(images: np.ndarray, labels: np.ndarray) -> Image.Image:
-    """Show the first ``PER_ROW`` images of each class, one class a row."""
+    """Return a sheet of the first ``PER_ROW`` images of each class, one class per row."""
     classes = np.unique(labels)
     return sheet([images[labels == c][:PER_ROW] for c in classes], [str(c) for c in classes])
 
@@ -73,7 +73,7 @@ def sample_sheet(images: np.ndarray, labels: np.ndarray) -> Image.Image:
 def reconstruction_sheet(
     real: np.ndarray, reconstructed: np.ndarray, labels: np.ndarray, per_class: int = 2
 ) -> Image.Image:
-    """Show ``per_class`` digits of each class, every real row followed by its reconstruction."""
+    """Return a sheet of ``per_class`` digits of each class, each above its reconstruction."""
     rows = []
     for k in range(per_class):
         chosen = [np.flatnonzero(labels == c)[k] for c in np.unique(labels)]
@@ -82,9 +82,9 @@ def reconstruction_sheet(
 
 
 def read_losses(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Return steps and losses from a ``metrics.jsonl``; lines without a loss are passed over.
+    """Return steps and losses from a ``metrics.jsonl``; lines without a loss are skipped.
 
-    A run that was stopped and went on may have logged a step twice: the last line counts.
+    A resumed run may have logged a step twice: the last line counts.
     """
     losses: dict[int, float] = {}
     for line in path.read_text().splitlines():
@@ -104,7 +104,7 @@ def running_mean(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def plot_losses(folder: Path, out: Path) -> None:
-    """Draw both stages' loss curves side by side."""
+    """Plot the loss curves of both stages side by side."""
     panels = {
         "stage1": "Stage 1: the decoder (L1 on pixels)",
         "stage2": "Stage 2: the transformer (velocity)",
@@ -128,7 +128,7 @@ def plot_losses(folder: Path, out: Path) -> None:
 
 
 def tiles(verdict: Mapping[str, Any], seconds: float) -> str:
-    """Return the numbers at the page's head, each with its goal and whether it was reached."""
+    """Return the numbers at the top of the page, each with its goal and whether it was reached."""
     plain, guided = verdict["rows"][-2:]
     numbers = [
         ("Right digit, without guidance", plain["accuracy"], GOALS["plain"], "{:.0%}"),
@@ -148,7 +148,7 @@ def tiles(verdict: Mapping[str, Any], seconds: float) -> str:
 
 
 def tile(title: str, value: str, goal: str, met: bool) -> str:
-    """Return one of those numbers."""
+    """Return the HTML of one such number."""
     mark, kind = ("✓", "met") if met else ("✗", "missed")
     return (
         f'<div class="tile"><span>{escape(title)}</span><b>{escape(value)}</b>'
@@ -166,7 +166,7 @@ def html_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def judge_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return the judge's rows as an HTML table."""
+    """Return the rows of judge.json as an HTML table."""
 
     def percent(value: float | None) -> str:
         return "–" if value is None else f"{value:.1%}"  # noqa: RUF001
@@ -192,7 +192,7 @@ def judge_table(rows: Sequence[Mapping[str, Any]]) -> str:
 def read_times(path: Path) -> list[tuple[str, float]]:
     """Return (step, seconds) pairs in the order they were first run; none if there is no file.
 
-    A step that was stopped and went on has several lines: they add up.
+    A step that was interrupted and resumed has several lines, which are added.
     """
     times: dict[str, float] = {}
     for line in path.read_text().splitlines() if path.exists() else []:
@@ -207,14 +207,14 @@ def clock(seconds: float) -> str:
 
 
 def write_report(folder: Path) -> Path:
-    """Write the page and its pictures into ``folder`` and return the page's path."""
+    """Write the page and its images into ``folder`` and return the path of the page."""
     verdict = json.loads((folder / "judge.json").read_text())
     real, reconstructed = read_reconstructions(folder / "images" / "test", folder / "reconstructed")
     labels = read(folder / "images" / "test")[1]
     reconstruction_sheet(real, reconstructed, labels).save(folder / "reconstructions.png")
     for name in ("plain", "guided"):
-        images, asked = read_generated(folder / "samples" / name / "samples.npz")
-        sample_sheet(images, asked).save(folder / f"samples_{name}.png")
+        images, requested = read_generated(folder / "samples" / name / "samples.npz")
+        sample_sheet(images, requested).save(folder / f"samples_{name}.png")
     plot_losses(folder, folder / "losses.png")
 
     times = read_times(folder / "times.tsv")
@@ -240,16 +240,20 @@ def write_report(folder: Path) -> Path:
 
 
 def latent_shape(folder: Path) -> tuple[int, int, int]:
-    """Return (channels, rows, columns) of the latents, from the encoder's own config."""
+    """Return (channels, rows, columns) of the latents, from the config of the encoder."""
     config = json.loads((folder / "encoder" / "config.json").read_text())
     side = config["image_size"] // config["patch_size"]
     return config["hidden_size"], side, side
 
 
 def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description="Write report.html from the quickstart's results.")
-    parser.add_argument("--results", type=Path, required=True, help="the quickstart's folder")
+    """Run the command line."""
+    parser = argparse.ArgumentParser(
+        description="Write report.html from the results of the quickstart."
+    )
+    parser.add_argument(
+        "--results", type=Path, required=True, help="results folder of the quickstart"
+    )
     print(write_report(parser.parse_args().results))
 
 

@@ -1,27 +1,27 @@
-"""``rae-xla doctor`` as a user runs it."""
+"""``rae-xla doctor`` as a command."""
 
 import json
 
 import pytest
 from tiny import make_configs, make_shards, rae_xla
 
-pytestmark = pytest.mark.unhurried
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("world")
+    folder = tmp_path_factory.mktemp("run")
     return make_configs(folder, make_shards(folder))["stage2"]
 
 
 @pytest.fixture(autouse=True)
 def no_emulator(monkeypatch):
-    """Other tests of this process may have one running."""
+    """Other tests of this process may run an emulator."""
     monkeypatch.delenv("STORAGE_EMULATOR_HOST", raising=False)
 
 
 @pytest.mark.slow
-def test_a_run_that_could_start(config, tmp_path):
+def test_a_valid_run_passes(config, tmp_path):
     done = rae_xla("doctor", "--config", config, "--results-dir", tmp_path / "results")
     assert done.returncode == 0, done.stdout + done.stderr
     for line in ("data.train: ", "matmul: ", "torch: ", "checkpoints: ", "wandb: "):
@@ -30,7 +30,7 @@ def test_a_run_that_could_start(config, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_run_that_could_not(config, tmp_path):
+def test_an_invalid_run_fails(config, tmp_path):
     done = rae_xla("doctor", "--config", config, "--json", f"data.train={tmp_path}/none",
                    "mesh.ici.fsdp=3")  # fmt: skip
     assert done.returncode == 1, done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""``rae-xla generate`` and the same from Python, with a tiny model and a small hub."""
+"""``rae-xla generate`` and the pipeline, with a tiny model and a fake hub."""
 
 from __future__ import annotations
 
@@ -19,12 +19,10 @@ import rae_xla
 from rae_xla.cli.main import main
 from rae_xla.data.class_names import find_class, imagenet_names
 from rae_xla.errors import UserError
-from rae_xla.interop.published import COLLECTION
-from rae_xla.sample.captioned_grid import captioned_grid
-from rae_xla.sample.pipeline import choose_labels
+from rae_xla.models.pretrained.published import COLLECTION
 from rae_xla.sample.tiny_model import write_tiny_model
 
-pytestmark = pytest.mark.unhurried
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 DECODER = "decoders/dinov2/wReg_base/ViTXL_n08/model.pt"
@@ -36,7 +34,7 @@ FAST = ["--num-steps", "4", "runtime.backend=torch"]
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> Path:
-    """The configuration of a tiny model."""
+    """Return the configuration file of a tiny model."""
     return write_tiny_model(tmp_path_factory.mktemp("tiny"))
 
 
@@ -51,15 +49,19 @@ def generate(out: Path, *arguments: object) -> int:
     return main(["generate", "--out", str(out), *map(str, arguments), *FAST])
 
 
-def listed(out: Path) -> dict:
+def read_listing(out: Path) -> dict:
     return json.loads((out / "generated.json").read_text())
 
 
-def pictures(out: Path) -> list[np.ndarray]:
-    return [np.asarray(Image.open(out / p["file"])) for p in listed(out)["pictures"]]
+def read_images(out: Path) -> list[np.ndarray]:
+    return [np.asarray(Image.open(out / p["file"])) for p in listed_images(out)]
 
 
-def refusal(capsys, out: Path, *arguments: object) -> str:
+def listed_images(out: Path) -> list[dict]:
+    return read_listing(out)["pictures"]
+
+
+def error_message(capsys, out: Path, *arguments: object) -> str:
     capsys.readouterr()
     assert generate(out, *arguments) == 2
     [message] = re.findall(r"^rae-xla: error: .*", capsys.readouterr().err, re.M)
@@ -68,9 +70,7 @@ def refusal(capsys, out: Path, *arguments: object) -> str:
 
 
 def write_published(tiny: Path, folder: Path, hub) -> Path:
-    """The tiny model as if it were published: its files on the hub, its configuration here, with a
-    guide of another size.
-    """
+    """Publish the tiny model and a guide on the fake hub; return its local configuration file."""
     files = tiny.parent
     tree = yaml.safe_load(tiny.read_text())
     shape = tree["stage_2"]["params"] | {"hidden_size": [16, 48], "depth": [1, 1]}
@@ -99,43 +99,43 @@ def write_published(tiny: Path, folder: Path, hub) -> Path:
     return path
 
 
-def test_smoke_needs_no_network_and_says_what_it_draws(tmp_path, monkeypatch, capsys):
+def test_smoke_needs_no_network_and_reports_noise(tmp_path, monkeypatch, capsys):
     point_at(monkeypatch, "http://127.0.0.1:9")
     out = tmp_path / "out"
     assert generate(out, "--smoke", "--classes", "golden retriever,giant panda") == 0
     assert "noise" in capsys.readouterr().out
-    names = [p["class"] for p in listed(out)["pictures"]]
+    names = [image["class"] for image in listed_images(out)]
     assert names == 4 * ["golden retriever", "giant panda"]
-    assert {p["label"] for p in listed(out)["pictures"]} == {207, 388}
-    drawn = pictures(out)
-    assert {p.shape for p in drawn} == {(64, 64, 3)}
-    assert len({p.tobytes() for p in drawn}) == 8
+    assert {image["label"] for image in listed_images(out)} == {207, 388}
+    images = read_images(out)
+    assert {image.shape for image in images} == {(64, 64, 3)}
+    assert len({image.tobytes() for image in images}) == 8
     grid = Image.open(out / "grid.png")
-    assert grid.size == (4 * (128 + 6) + 6, 2 * (128 + 20 + 6) + 6)  # pictures, gaps, captions
-    assert np.asarray(grid)[-20:-4].min() < 128  # a caption stands below the last row
+    assert grid.size == (4 * (128 + 6) + 6, 2 * (128 + 20 + 6) + 6)  # images, gaps, captions
+    assert np.asarray(grid)[-20:-4].min() < 128  # the caption of the last row
 
 
-def test_a_picture_depends_on_seed_class_and_number_alone(tmp_path, tiny):
+def test_image_is_a_function_of_seed_class_and_index(tmp_path, tiny):
     out = {name: tmp_path / name for name in ("one", "two", "seed", "class")}
     common = ["--model", tiny, "--num-samples", 5]
     assert generate(out["one"], *common, "--class-ids", "207,388") == 0
     assert generate(out["two"], *common, "--class-ids", "207,388", "--batch-size", 2) == 0
     assert generate(out["seed"], *common, "--class-ids", "207,388", "--seed", 1) == 0
     assert generate(out["class"], *common, "--class-ids", "207,1") == 0
-    one, two, seed, other = (pictures(folder) for folder in out.values())
+    one, two, seed, other = (read_images(folder) for folder in out.values())
     for i in range(5):
         assert np.abs(one[i].astype(int) - two[i]).max() <= 1
         assert np.abs(one[i].astype(int) - seed[i]).max() > 20
         assert (one[i] == other[i]).all() == (i % 2 == 0)
 
 
-def test_the_folder_is_taken_over_from_an_earlier_command_only(tmp_path, tiny, capsys):
+def test_only_a_folder_of_an_earlier_command_is_overwritten(tmp_path, tiny, capsys):
     out = tmp_path / "out"
     assert generate(out, "--model", tiny, "--classes", "tench", "--num-samples", 3) == 0
     assert generate(out, "--model", tiny, "--classes", "goldfish", "--num-samples", 2) == 0
     files = {"000-goldfish.png", "001-goldfish.png", "grid.png", "generated.json"}
     assert {p.name for p in out.iterdir()} == files
-    (out / "000-goldfish.png.unfinished").write_bytes(b"")  # as a kill would leave it
+    (out / "000-goldfish.png.unfinished").write_bytes(b"")  # left by an interrupted command
     assert generate(out, "--model", tiny, "--classes", "goldfish", "--num-samples", 2) == 0
     assert {p.name for p in out.iterdir()} == files
     (out / "mine.png").write_bytes(b"")
@@ -150,53 +150,55 @@ def test_the_folder_is_taken_over_from_an_earlier_command_only(tmp_path, tiny, c
         (["--classes", "panda"], "lesser panda (387), giant panda (388)"),
         (["--classes", "golden retreiver"], "golden retriever (207)"),
         (["--classes", "tench,,"], "commas"),
-        (["--class-ids", "1000"], "the model knows 0 to 999"),
+        (["--class-ids", "1000"], "classes 0 to 999"),
         (["--class-ids", "tench"], "--classes"),
         (["--num-samples", "0"], "1 or more"),
         (["--batch-size", "0"], "--batch-size"),
-        (["--cfg-scale", "0.5"], "guidance scale of 0.5"),
+        (["--cfg-scale", "0.5"], "guidance scale 0.5"),
         (["guidance.scael=2"], "guidance.scale"),
         (["--model", "ditdh-xl-265"], "did you mean ditdh-xl-256"),
         (["--model", "owner/none.yaml"], "there is no model"),
         (["--class-names", "none.txt"], "none.txt"),
-        (["--smoke", "--model", "ditdh-xl-256"], "leave --model out"),
+        (["--smoke", "--model", "ditdh-xl-256"], "remove --model"),
     ],
 )
 def test_mistakes_are_found_before_anything_is_downloaded(
     hub, tmp_path, capsys, arguments, expected
 ):
-    assert expected in refusal(capsys, tmp_path / "out", *arguments)
+    assert expected in error_message(capsys, tmp_path / "out", *arguments)
     assert hub.requests == []
 
 
-def test_published_files_are_downloaded_and_the_guide_guides(hub, tmp_path, tiny, monkeypatch):
+def test_published_files_are_downloaded_and_autoguidance_is_used(hub, tmp_path, tiny, monkeypatch):
     model = write_published(tiny, tmp_path, hub)
     common = ["--model", model, "--class-ids", "1", "--num-samples", 2]
     assert generate(tmp_path / "a", *common, "--cfg-scale", "1.8") == 0
-    assert listed(tmp_path / "a")["guidance"] == {"method": "autoguidance", "scale": 1.8}
+    assert read_listing(tmp_path / "a")["guidance"] == {"method": "autoguidance", "scale": 1.8}
     assert any(GUIDE in request for request in hub.requests)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    asked = len(hub.requests)
+    requests = len(hub.requests)
     assert generate(tmp_path / "b", *common, "--mode", "sde") == 0
-    assert len(hub.requests) == asked
-    assert listed(tmp_path / "b")["guidance"]["scale"] == 1.42
-    assert listed(tmp_path / "b")["sampler"]["mode"] == "SDE"
+    assert len(hub.requests) == requests
+    assert read_listing(tmp_path / "b")["guidance"]["scale"] == 1.42
+    assert read_listing(tmp_path / "b")["sampler"]["mode"] == "SDE"
 
 
-def test_a_truncated_download_a_gated_encoder_no_network(hub, tmp_path, tiny, capsys, monkeypatch):
+def test_download_errors(hub, tmp_path, tiny, capsys, monkeypatch):
     arguments = ["--model", write_published(tiny, tmp_path, hub)]
     hub.faults[DENOISER] = "short"
-    assert "cut short" in refusal(capsys, tmp_path / "a", *arguments)
+    assert "interrupted" in error_message(capsys, tmp_path / "a", *arguments)
     hub.faults = {DENOISER: "altered"}
-    assert f"{DENOISER} of {COLLECTION} is damaged" in refusal(capsys, tmp_path / "a", *arguments)
+    assert f"{DENOISER} of {COLLECTION} is damaged" in error_message(
+        capsys, tmp_path / "a", *arguments
+    )
     hub.faults.clear()
     hub.repositories["someone/tiny-encoder"].gated = True
-    assert "someone/tiny-encoder is gated" in refusal(capsys, tmp_path / "a", *arguments)
+    assert "someone/tiny-encoder is gated" in error_message(capsys, tmp_path / "a", *arguments)
     point_at(monkeypatch, "http://127.0.0.1:9")
-    assert "check the network" in refusal(capsys, tmp_path / "a", *arguments)
+    assert "check the network" in error_message(capsys, tmp_path / "a", *arguments)
 
 
-def test_a_results_folder_draws_what_it_has_trained(tmp_path, tiny):
+def test_results_folder_uses_its_trained_weights(tmp_path, tiny):
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)
     (run / "config.yaml").write_text(tiny.read_text())
@@ -206,11 +208,11 @@ def test_a_results_folder_draws_what_it_has_trained(tmp_path, tiny):
     for name, model in (("before", tiny), ("after", run)):
         out = tmp_path / name
         assert generate(out, "--model", model, "--class-ids", "1", "--num-samples", 1) == 0
-    [before], [after] = pictures(tmp_path / "before"), pictures(tmp_path / "after")
+    [before], [after] = read_images(tmp_path / "before"), read_images(tmp_path / "after")
     assert (before != after).any()
 
 
-def test_a_saved_folder_and_the_same_on_the_hub(hub, tmp_path, tiny, capsys):
+def test_saved_folder_and_hub_repository_equal_the_yaml_file(hub, tmp_path, tiny, capsys):
     config = rae_xla.load_config(tiny)
     rae, model = rae_xla.instantiate(config.stage_1), rae_xla.instantiate(config.stage_2)
     model.save_pretrained(tmp_path / "saved", rae)
@@ -219,42 +221,31 @@ def test_a_saved_folder_and_the_same_on_the_hub(hub, tmp_path, tiny, capsys):
     common = ["--class-ids", "1,2", "--num-samples", 2, "--cfg-scale", 2, shift]
     assert generate(tmp_path / "a", "--model", tiny, *common) == 0
     saved = ["--model", tmp_path / "saved"]
-    assert "--rae" in refusal(capsys, tmp_path / "none", *saved, *common)
+    assert "--rae" in error_message(capsys, tmp_path / "none", *saved, *common)
     assert generate(tmp_path / "b", *saved, "--rae", tmp_path / "rae", *common) == 0
     hub.add_folder("someone/tiny", tmp_path / "saved")
     hub.add_folder("someone/tiny", tmp_path / "rae", "rae/")
     assert generate(tmp_path / "c", "--model", "someone/tiny", *common) == 0
     for other in ("b", "c"):
-        for one, same in zip(pictures(tmp_path / "a"), pictures(tmp_path / other), strict=True):
+        both = read_images(tmp_path / "a"), read_images(tmp_path / other)
+        for one, same in zip(*both, strict=True):
             assert (one == same).all()
 
 
-def test_names_of_other_classes(tmp_path, tiny, capsys):
+def test_class_names_from_a_file(tmp_path, tiny, capsys):
     names = tmp_path / "names.txt"
     names.write_text("\n".join(f"digit {'abcdefghij'[i % 10]}{i}x" for i in range(1000)))
     common = ["--model", tiny, "--class-names", names, "--num-samples", 1]
     assert generate(tmp_path / "a", *common, "--classes", "digit c12x") == 0
-    assert listed(tmp_path / "a")["pictures"][0]["file"] == "000-digit-c12x.png"
+    assert listed_images(tmp_path / "a")[0]["file"] == "000-digit-c12x.png"
     names.write_text("one\ntwo")
-    assert "the model has 1000 classes" in refusal(capsys, tmp_path / "b", *common)
+    assert "the model has 1000 classes" in error_message(capsys, tmp_path / "b", *common)
 
 
-@pytest.mark.parametrize(
-    ("labels", "columns", "rows"),
-    [([1, 2, 1, 2, 1], 3, 2), ([1, 2, 3, 4, 5], 3, 2), ([1, 1, 1, 1], 2, 2), ([1], 1, 1)],
-)
-def test_the_sheet_has_a_row_for_each_class_or_is_square(labels, columns, rows):
-    pixels = np.zeros((len(labels), 256, 256, 3), np.uint8)
-    sheet = captioned_grid(pixels, labels, len(labels) * [40 * "long "])
-    assert sheet.shape == (rows * (256 + 26 + 6) + 6, columns * (256 + 6) + 6, 3)
-    assert (sheet[:, :6] == 255).all()  # no caption runs over
-    assert (sheet[:, -6:] == 255).all()
-
-
-def test_a_class_by_its_name():
+def test_find_class_by_name():
     names = imagenet_names()
     assert len(names) == 1000
-    # the dog, the garment, and one whom neither is
+    # the dog and the garment differ only in case
     assert [find_class(word, names) for word in ("Cardigan", "cardigan")] == [264, 474]
     with pytest.raises(UserError, match=r"Cardigan \(264\), cardigan \(474\)"):
         find_class("CARDIGAN", names)
@@ -263,20 +254,16 @@ def test_a_class_by_its_name():
         find_class("qqqqqqqq", names)
     with pytest.raises(UserError, match="there is no class 'frog'; there are circle, square"):
         find_class("frog", ["circle", "square"])
-    assert choose_labels("tench", names, 2, 0) == choose_labels(0, names, 2, 0) == [0, 0]
-    assert choose_labels(np.array([1, 2]), names, 3, 0) == [1, 2, 1]
-    drawn = choose_labels([], names, 20, 3)
-    assert drawn == choose_labels([], names, 20, 3) != choose_labels([], names, 20, 4)
 
 
-def test_the_five_lines_of_the_page(tmp_path, tiny, monkeypatch):
-    """Word for word, but for the model, which is tiny."""
+def test_python_example_of_the_documentation(tmp_path, tiny, monkeypatch):
+    """Run it verbatim, except that the model is tiny."""
     page = (ROOT / "docs/generate.md").read_text()
     [lines] = re.findall(r"^```python\n(.*?load_pipeline.*?)^```", page, re.M | re.S)
     assert len(lines.splitlines()) <= 6  # one of them blank
     monkeypatch.chdir(tmp_path)
     settings = f'"{tiny}", overrides=["runtime.backend=torch"], num_steps=4'
     exec(compile(lines.replace('"ditdh-xl-256"', settings), "docs/generate.md", "exec"), {})
-    drawn = sorted(tmp_path.glob("*.png"))
-    assert len(drawn) == 8
-    assert Image.open(drawn[0]).size == (64, 64)
+    files = sorted(tmp_path.glob("*.png"))
+    assert len(files) == 8
+    assert Image.open(files[0]).size == (64, 64)

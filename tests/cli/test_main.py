@@ -1,7 +1,8 @@
-"""The command line around the verbs: finding them, and what goes wrong."""
+"""The command line around the verbs: lookup, argument parsing and errors."""
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -24,7 +25,7 @@ def rae_xla_command(*arguments: str, **options) -> subprocess.CompletedProcess[s
 
 @pytest.fixture
 def verb(monkeypatch):
-    """Put a verb of the test's own in the table: what it is to do, and what it was given."""
+    """Register a verb ``try`` whose ``act`` a test replaces, and which records its arguments."""
 
     class Verb:
         given = None
@@ -63,7 +64,7 @@ def test_help_lists_every_verb_and_needs_no_torch():
 
 
 @pytest.mark.parametrize("name", cli.VERBS)
-def test_every_verb_explains_itself(name, capsys):
+def test_every_verb_has_a_help_page(name, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main([name, "--help"])
     assert stop.value.code == 0
@@ -83,42 +84,58 @@ def test_no_verb_prints_the_help(capsys):
     ("typed", "expected"),
     [("trian", "did you mean 'train'?"), ("shard", "did you mean 'shards'?"), ("zzz", "shards, ")],
 )
-def test_unknown_verb_names_the_nearest(typed, expected, capsys):
+def test_an_unknown_verb_is_reported_with_the_closest_one(typed, expected, capsys):
     assert cli.main([typed]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"rae-xla: error: unknown verb '{typed}': ")
     assert expected in error
 
 
-def test_settings_may_stand_before_and_after_options(verb):
+def test_settings_may_precede_and_follow_options(verb):
     assert cli.main(["try", "stage2", "a.b=1", "--steps", "3", "c.d=2"]) == 0
     assert (verb.given.what, verb.given.steps) == ("stage2", 3)
     assert verb.given.overrides == ["a.b=1", "c.d=2"]
 
 
-def test_the_status_of_the_verb_is_the_status(verb):
+def test_the_status_of_the_verb_is_the_exit_status(verb):
     verb.act = lambda args: 1
     assert cli.main(["try", "x"]) == 1
 
 
 def test_a_user_error_is_one_line_and_status_2(verb, capsys):
-    def refuse(args):
+    def fail(args):
         raise UserError("run.yaml: no such file; give --config FILE")
 
-    verb.act = refuse
+    verb.act = fail
     assert cli.main(["try", "x"]) == 2
     captured = capsys.readouterr()
     assert captured.err == "rae-xla: error: run.yaml: no such file; give --config FILE\n"
     assert captured.out == ""
 
 
-def test_a_fault_of_ours_keeps_its_traceback(verb):
+def test_an_internal_error_keeps_its_traceback(verb):
     def crash(args):
-        raise ValueError("not the user's")
+        raise ValueError("a bug")
 
     verb.act = crash
-    with pytest.raises(ValueError, match="not the user's"):
+    with pytest.raises(ValueError, match="a bug"):
         cli.main(["try", "x"])
+
+
+def test_log_records_go_to_stderr_while_a_verb_runs(verb, capsys):
+    logger = logging.getLogger("rae_xla.cli.try")
+
+    def log(args):
+        logger.info("reading")
+        logger.warning("slow disk")
+        return 0
+
+    verb.act = log
+    assert cli.main(["try", "x"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == "reading\nwarning: slow disk\n"
+    assert captured.out == ""
+    assert logging.getLogger("rae_xla").handlers == []  # a program that calls main keeps its own
 
 
 SLEEPER = """
@@ -148,8 +165,8 @@ def test_an_interrupt_is_status_130_without_a_traceback():
     assert error == "rae-xla: interrupted\n"
 
 
-@pytest.mark.parametrize("body", ["print('x' * 10**7)", "print('held in the buffer')"])
-def test_a_reader_that_leaves_is_no_error(body):
+@pytest.mark.parametrize("body", ["print('x' * 10**7)", "print('still in the buffer')"])
+def test_a_closed_pipe_is_not_an_error(body):
     process = subprocess.Popen(
         [sys.executable, "-c", SLEEPER.format(body=f"time.sleep(0.5); {body}; return 0")],
         stdout=subprocess.PIPE,
@@ -166,17 +183,17 @@ def test_a_reader_that_leaves_is_no_error(body):
     "command",
     [
         ("evaluate", "recon", "--config", "c.yaml", "--out"),
-        ("export", "decoder", "--ckpt", "c.pt", "--out"),
+        ("checkpoints", "export", "run", "--what", "decoder", "--out"),
         ("stats", "--config", "configs/quickstart/stage1.yaml", "--data", "s", "--out"),
     ],
     ids=lambda c: c[0],
 )
-def test_an_output_that_cannot_be_written_is_found_before_the_work(
+def test_an_output_that_cannot_be_written_is_reported_before_the_work(
     command, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.chdir(Path(__file__).parents[2])
     (tmp_path / "file").touch()
-    for out, message in ((tmp_path, "is a folder"), (tmp_path / "file/x", "cannot be made")):
+    for out, message in ((tmp_path, "is a folder"), (tmp_path / "file/x", "cannot create")):
         assert cli.main([*command, str(out)]) == 2
         error = capsys.readouterr().err
         assert error.startswith("rae-xla: error: --out")
@@ -184,10 +201,10 @@ def test_an_output_that_cannot_be_written_is_found_before_the_work(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file"]
 
 
-def test_what_the_file_system_refuses_is_one_line(verb, capsys):
-    def refuse(args):
+def test_an_error_of_the_file_system_is_one_line(verb, capsys):
+    def fail(args):
         raise OSError(28, "No space left on device", "results/x.npz")
 
-    verb.act = refuse
+    verb.act = fail
     assert cli.main(["try", "it"]) == 2
     assert capsys.readouterr().err == "rae-xla: error: results/x.npz: No space left on device\n"

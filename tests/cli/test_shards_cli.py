@@ -1,3 +1,5 @@
+"""``rae-xla shards``: sub-commands, options and output."""
+
 import argparse
 import os
 import tarfile
@@ -8,14 +10,14 @@ from foreign_tars import write_imagenet
 from PIL import Image
 
 from rae_xla.cli import shards
-from rae_xla.data.shards import open_index
+from rae_xla.data.shards.index import open_index
 from rae_xla.errors import UserError
 
 
-def _run(*words: object) -> int:
+def _run(*arguments: object) -> int:
     parser = argparse.ArgumentParser()
     shards.add_arguments(parser)
-    return shards.run(parser.parse_args([str(word) for word in words]))
+    return shards.run(parser.parse_args([str(argument) for argument in arguments]))
 
 
 @pytest.fixture
@@ -54,14 +56,14 @@ def test_arrays_in_the_order_given(tmp_path):
     np.save(tmp_path / "x.npy", np.zeros((4, 8, 8), np.uint8))
     np.save(tmp_path / "y.npy", np.array([3, 0, 2, 0]))
     out = tmp_path / "out"
-    words = ("--labels", tmp_path / "y.npy", "--keep-order", "--shard-size", "3KB")
-    assert _run("make", tmp_path / "x.npy", out, *words) == 0
+    options = ("--labels", tmp_path / "y.npy", "--keep-order", "--shard-size", "3KB")
+    assert _run("make", tmp_path / "x.npy", out, *options) == 0
     index = open_index(str(out))
     assert index.samples["label"].tolist() == [3, 0, 2, 0]
     assert len(index.shards) == 4
 
 
-def test_the_options_for_arrays_and_workers_agree(tmp_path, images):
+def test_shards_do_not_depend_on_workers(tmp_path, images):
     for workers in (1, 2):
         _run("make", images, tmp_path / f"out{workers}", "--workers", workers)
     one, two = (open_index(str(tmp_path / f"out{workers}")) for workers in (1, 2))
@@ -87,7 +89,7 @@ def test_sizes(text, size):
 
 
 @pytest.mark.parametrize("text", ["", "MB", "12XB", "-3MB"])
-def test_sizes_that_are_none(text):
+def test_invalid_sizes(text):
     with pytest.raises(argparse.ArgumentTypeError, match="not a size"):
         shards.parse_bytes(text)
 
@@ -96,15 +98,15 @@ def test_index_verify_and_stats_of_the_public_imagenet_layout(tmp_path, capsys):
     pattern = write_imagenet(tmp_path / "tars")
     (tmp_path / "classes.txt").write_text("tench\ngoldfish\nshark\n")
     out = tmp_path / "index"
-    words = ("--out", out, "--classes", tmp_path / "classes.txt", "--workers", 2)
-    assert _run("index", pattern, *words) == 0
+    options = ("--out", out, "--classes", tmp_path / "classes.txt", "--workers", 2)
+    assert _run("index", pattern, *options) == 0
     assert f"{out}: 21 images of 3 classes in 3 shards" in capsys.readouterr().out
     assert open_index(str(out)).class_names == ("tench", "goldfish", "shark")
     assert _run("verify", out, "--workers", 2) == 0
     assert ": ok, 21 images of 3 classes" in capsys.readouterr().out
     assert _run("stats", out, "--sample", 10, "--out", tmp_path / "x.png") == 0
     printed = capsys.readouterr().out
-    assert "of 10 images looked at" in printed
+    assert "of 10 images examined" in printed
     assert "images per class  7 of each" in printed
     assert (tmp_path / "x.png").stat().st_size > 10_000
     os.truncate(tmp_path / "tars" / "imagenet1k-train-0001.tar", 4000)
@@ -116,24 +118,24 @@ def test_index_verify_and_stats_of_the_public_imagenet_layout(tmp_path, capsys):
 
 def test_the_options_of_make(tmp_path, images):
     (tmp_path / "classes.json").write_text('{"bee": 0, "ant": 1}')
-    words = ("--image-size", 8, "--resize", "bicubic", "--quality", 90)
-    _run("make", images, tmp_path / "out", *words, "--classes", tmp_path / "classes.json")
+    options = ("--image-size", 8, "--resize", "bicubic", "--quality", 90)
+    _run("make", images, tmp_path / "out", *options, "--classes", tmp_path / "classes.json")
     index = open_index(str(tmp_path / "out"))
     assert index.class_names == ("bee", "ant")
     with tarfile.open(index.path_of(index.shards[0])) as tar:
         assert tar.getnames()[0] == "000000000.jpg"
-    for words, message in [
-        (("--resize", "adm"), "--resize adm resizes nothing without --image-size"),
+    for options, message in [
+        (("--resize", "adm"), "--resize adm has no effect without --image-size"),
         (("--quality", 0), "--quality is 0"),
         (("--workers", 0), "--workers is 0"),
         (("--classes", tmp_path / "nowhere"), "nowhere: no such text file"),
     ]:
         with pytest.raises(UserError, match=message):
-            _run("make", images, tmp_path / "x", *words)
+            _run("make", images, tmp_path / "x", *options)
     assert not (tmp_path / "x").exists()
     for command in ("index", "verify"):
         with pytest.raises(UserError, match="--workers is 0"):
             _run(command, tmp_path / "out", "--workers", 0)
-    # Told before the source is looked at.
-    with pytest.raises(UserError, match="there are finished shards already"):
+    # Checked before the source is opened.
+    with pytest.raises(UserError, match="has finished shards already"):
         _run("make", tmp_path / "nowhere", tmp_path / "out")

@@ -1,8 +1,10 @@
+"""Class names: the formats of a ``--classes`` file, and its errors."""
+
 import json
 
 import pytest
 
-from rae_xla.data.class_names import MOST_CLASSES, names_for, read_class_names
+from rae_xla.data.class_names import MAX_CLASSES, names_for, read_class_names
 from rae_xla.errors import UserError
 
 
@@ -15,7 +17,7 @@ from rae_xla.errors import UserError
         "goldfish 1\nwhite shark 2\r\n  tench\t0\n",
     ],
 )
-def test_every_way_to_write_it(tmp_path, text):
+def test_every_format(tmp_path, text):
     (tmp_path / "classes").write_text(text)
     assert read_class_names(str(tmp_path / "classes")) == ("tench", "goldfish", "white shark")
 
@@ -32,22 +34,22 @@ def test_names_that_are_numbers(tmp_path):
     [
         ("", "the list of classes is empty"),
         ('{"a": 0, ', "not readable as JSON"),
-        ('{"a": "0"}', "'a': '0' is no class name with its number"),
-        ('["a", 3]', "3: 1 is no class name"),
-        ('{"a": 0, "b": 2}', "must have the labels 0 to 1; 1 missing, 2 too many"),
-        ("a 1\nb 2", "0 missing, 2 too many"),
-        ('{"a": 0, "b": 0}', "label 0 stands there twice"),
-        ('{"a": 0, "a": 1}', "class a stands there twice"),
+        ('{"a": "0"}', "'a': '0' is not a class name with its label"),
+        ('["a", 3]', "3: 1 is not a class name"),
+        ('{"a": 0, "b": 2}', "must have the labels 0 to 1; missing: 1; out of range: 2"),
+        ("a 1\nb 2", "missing: 0; out of range: 2"),
+        ('{"a": 0, "b": 0}', "label 0 appears twice"),
+        ('{"a": 0, "a": 1}', "class a appears twice"),
         ("a 0\nb", r"some lines end with a label and some do not \('b'\)"),
     ],
 )
-def test_what_is_no_list_of_classes(tmp_path, text, message):
+def test_invalid_lists(tmp_path, text, message):
     (tmp_path / "classes").write_text(text)
     with pytest.raises(UserError, match=message):
         read_class_names(str(tmp_path / "classes"))
 
 
-def test_what_is_no_text(tmp_path):
+def test_missing_and_binary_files(tmp_path):
     (tmp_path / "classes").write_bytes(b"\xff\xfe\x00")
     for name in ("classes", "nowhere", ""):
         with pytest.raises(UserError, match="no such text file"):
@@ -60,4 +62,4 @@ def test_names_for_labels():
     with pytest.raises(UserError, match="x: a label is 1000000000000"):
         names_for(10**12, None, "x")
     with pytest.raises(UserError, match="x: a label is"):
-        names_for(MOST_CLASSES, None, "x")
+        names_for(MAX_CLASSES, None, "x")

@@ -1,3 +1,5 @@
+"""Mixtures of several sources: shares, numbering, topologies and errors."""
+
 import os
 from itertools import islice
 
@@ -5,26 +7,26 @@ import numpy as np
 import pytest
 import torch
 
+from rae_xla.data.loader import TrainingLoader
 from rae_xla.data.mixture import Mixture, open_training_data
-from rae_xla.data.shards import write_shards
-from rae_xla.data.sources import array_source
-from rae_xla.data.stream import SampleStream
+from rae_xla.data.shards.sources import array_source
+from rae_xla.data.shards.writer import write_shards
 from rae_xla.data.transforms import ResizeRandomCrop
 from rae_xla.errors import UserError
 
-pytestmark = pytest.mark.unhurried
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def two(make_shards):
+def mixture(make_shards):
     return Mixture((make_shards(100, "one"), make_shards(60, "two")), (0.7, 0.3))
 
 
 def take(data, start, steps, **options):
-    stream = SampleStream(
+    loader = TrainingLoader(
         data, seed=5, global_batch_size=16, transform=ResizeRandomCrop(8), flip=True, **options
     )
-    batches = stream.batches(start)
+    batches = loader.batches(start)
     taken = list(islice(batches, steps))
     batches.close()
     return taken
@@ -40,13 +42,13 @@ def take(data, start, steps, **options):
         ((1, 1), 9, [5, 4]),
     ],
 )
-def test_every_batch_has_its_share_of_each_source(two, weights, batch, rows):
-    assert Mixture(two.sources, weights).rows(batch) == rows
+def test_rows_per_source(mixture, weights, batch, rows):
+    assert Mixture(mixture.sources, weights).rows_per_source(batch) == rows
 
 
-def test_samples_come_from_the_source_their_rows_belong_to(two):
+def test_every_row_has_a_sample_of_its_source(mixture):
     first, second = [], []
-    for batch in take(two, 0, 24):
+    for batch in take(mixture, 0, 24):
         ids = batch["index"]
         assert (ids[:11] < 100).all()
         assert (ids[11:] >= 100).all()
@@ -54,7 +56,7 @@ def test_samples_come_from_the_source_their_rows_belong_to(two):
         assert torch.equal(batch["label"], number % 5)
         first += ids[:11].tolist()
         second += (ids[11:] - 100).tolist()
-    # each source has epochs of its own, in which no sample comes twice
+    # each source has its own epochs, in which no sample is repeated
     assert len(set(first[:99])) == 99
     assert len(set(second[:60])) == 60
     assert len(set(second[60:120])) == 60
@@ -62,13 +64,13 @@ def test_samples_come_from_the_source_their_rows_belong_to(two):
 
 
 @pytest.mark.parametrize(("hosts", "workers"), [(2, 0), (4, 0), (8, 0), (2, 2)])
-def test_hosts_and_workers_divide_the_same_batches_and_resume(two, hosts, workers):
-    whole = take(two, 0, 12)
+def test_hosts_and_workers_divide_the_same_batches_and_resume(mixture, hosts, workers):
+    expected = take(mixture, 0, 12)
     parts = [
-        take(two, 5, 7, process_index=i, process_count=hosts, num_workers=workers)
+        take(mixture, 5, 7, process_index=i, process_count=hosts, num_workers=workers)
         for i in range(hosts)
     ]
-    for step, batch in enumerate(whole[5:]):
+    for step, batch in enumerate(expected[5:]):
         for name in batch:
             assert torch.equal(torch.cat([part[step][name] for part in parts]), batch[name])
 
@@ -84,29 +86,29 @@ def test_the_same_number_in_two_sources_is_cropped_and_flipped_differently(make_
     assert np.mean(same) < 0.2
 
 
-def test_an_epoch_is_as_many_samples_as_there_are(two):
-    assert len(two) == 160
-    stream = SampleStream(two, seed=0, global_batch_size=16, transform=ResizeRandomCrop(8))
-    assert stream.steps_per_epoch == 10
+def test_an_epoch_has_as_many_samples_as_all_sources(mixture):
+    assert len(mixture) == 160
+    loader = TrainingLoader(mixture, seed=0, global_batch_size=16, transform=ResizeRandomCrop(8))
+    assert loader.steps_per_epoch == 10
 
 
-def test_fingerprints(two, make_shards):
-    one = Mixture(two.sources[:1], (3.0,))
-    assert one.fingerprint == two.sources[0].fingerprint
-    assert two.fingerprint == Mixture(two.sources, (7, 3)).fingerprint
-    assert two.fingerprint != Mixture(two.sources, (1, 1)).fingerprint
-    assert two.fingerprint != Mixture(two.sources[::-1], (0.7, 0.3)).fingerprint
+def test_fingerprints(mixture, make_shards):
+    one = Mixture(mixture.sources[:1], (3.0,))
+    assert one.fingerprint == mixture.sources[0].fingerprint
+    assert mixture.fingerprint == Mixture(mixture.sources, (7, 3)).fingerprint
+    assert mixture.fingerprint != Mixture(mixture.sources, (1, 1)).fingerprint
+    assert mixture.fingerprint != Mixture(mixture.sources[::-1], (0.7, 0.3)).fingerprint
 
 
-def test_opening_what_the_configuration_names(two):
-    folders = [source.folder for source in two.sources]
-    assert open_training_data(folders[0]).fingerprint == two.sources[0].fingerprint
-    assert open_training_data(folders, (7, 3)).fingerprint == two.fingerprint
+def test_opening_the_folders_of_a_configuration(mixture):
+    folders = [source.folder for source in mixture.sources]
+    assert open_training_data(folders[0]).fingerprint == mixture.sources[0].fingerprint
+    assert open_training_data(folders, (7, 3)).fingerprint == mixture.fingerprint
 
 
-def test_bad_input(two, tmp_path):
-    folders = [source.folder for source in two.sources]
-    with pytest.raises(UserError, match=rf"data\.weights: that of {folders[1]} is 0"):
+def test_bad_input(mixture, tmp_path):
+    folders = [source.folder for source in mixture.sources]
+    with pytest.raises(UserError, match=rf"data\.weights: the weight of {folders[1]} is 0"):
         open_training_data(folders, (1, 0))
     with pytest.raises(UserError, match="names no shards"):
         open_training_data([])
@@ -114,14 +116,14 @@ def test_bad_input(two, tmp_path):
         open_training_data(folders, (1, 1, 1))
     with pytest.raises(UserError, match=f"names {folders[0]} twice"):
         open_training_data([folders[0], os.path.join(folders[0], "index.json")])
-    with pytest.raises(UserError, match=f"{folders[1]} has no row in a batch of 16"):
-        Mixture(two.sources, (1000, 1)).rows(16)
+    with pytest.raises(UserError, match=f"{folders[1]} gives it no row in a batch of 16"):
+        Mixture(mixture.sources, (1000, 1)).rows_per_source(16)
     with pytest.raises(UserError, match="no such folder"):
         open_training_data([folders[0], os.path.join(folders[0], "nowhere")])
     with pytest.raises(UserError, match="label 4"):
-        two.check_labels(4)
+        mixture.check_labels(4)
     images = np.zeros((9, 8, 8), np.uint8)
     source = array_source(images, np.arange(9) % 3, classes=("x", "y", "z"))
     other = write_shards(source, str(tmp_path / "other"), classes=("x", "y", "z"))
     with pytest.raises(UserError, match=r"the classes of .*one and .*other differ"):
-        Mixture((two.sources[0], other), (1, 1)).check_labels(5)
+        Mixture((mixture.sources[0], other), (1, 1)).check_labels(5)

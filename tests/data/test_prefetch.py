@@ -1,4 +1,4 @@
-"""Threads and processes end when the stream does, however it ends."""
+"""Building batches in the background: order, errors, and the end of threads and processes."""
 
 import multiprocessing
 import os
@@ -12,44 +12,44 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rae_xla.data.prefetch import in_processes, in_thread
-from rae_xla.data.rows import Made
+from rae_xla.data.batch_builder import BuiltRows
+from rae_xla.data.prefetch import build_in_processes, build_in_thread
 from rae_xla.errors import UserError
 
-pytestmark = pytest.mark.unhurried
+pytestmark = pytest.mark.slow
 
 
-class CountingRows:
-    """Rows that are cheap to make; module-level, so that they pickle."""
+class CountingBatches:
+    """Cheap batches; at module level, so that they pickle."""
 
     def __init__(self, broken_step: int = -1, error: type[Exception] = UserError) -> None:
         self.broken_step, self.error = broken_step, error
 
-    def open(self, first: int, last: int, look_ahead: int = 0) -> "CountingMaker":
-        return CountingMaker(self, first, last)
+    def open(self, first: int, last: int, look_ahead: int = 0) -> "CountingBuilder":
+        return CountingBuilder(self, first, last)
 
-    def __call__(self, step: int, first: int, last: int) -> dict[str, np.ndarray]:
+    def arrays(self, step: int, first: int, last: int) -> dict[str, np.ndarray]:
         if step == self.broken_step:
             raise self.error(f"step {step} is broken")
         numbers = step * 100 + np.arange(first, last)
-        return {"x": numbers, "picture": np.repeat(numbers, 12).astype(np.uint8).reshape(-1, 3, 4)}
+        return {"x": numbers, "image": np.repeat(numbers, 12).astype(np.uint8).reshape(-1, 3, 4)}
 
 
-class CountingMaker:
-    def __init__(self, rows: CountingRows, first: int, last: int) -> None:
-        self.rows, self.first, self.last = rows, first, last
+class CountingBuilder:
+    def __init__(self, spec: CountingBatches, first: int, last: int) -> None:
+        self.spec, self.first, self.last = spec, first, last
 
-    def make(self, step: int) -> Made:
-        return Made(self.rows(step, self.first, self.last), [])
+    def build(self, step: int) -> BuiltRows:
+        return BuiltRows(self.spec.arrays(step, self.first, self.last), [])
 
     def close(self) -> None:
         pass
 
 
-def _made(kind, rows, steps, first=4, last=11, ahead=2):
+def _build(kind, spec, steps, first=4, last=11, ahead=2):
     if kind == "thread":
-        return in_thread(rows, steps, first, last, ahead)
-    return in_processes(rows, steps, first, last, ahead, 2)
+        return build_in_thread(spec, steps, first, last, ahead)
+    return build_in_processes(spec, steps, first, last, ahead, 2)
 
 
 def _wait_until(condition) -> None:
@@ -62,36 +62,36 @@ def _wait_until(condition) -> None:
 @pytest.mark.parametrize("kind", ["thread", "processes"])
 @pytest.mark.parametrize("steps", [0, 1, 2, 3, 9])
 def test_every_step_once_in_order(kind, steps):
-    made = [
+    built = [
         {k: v.copy() for k, v in arrays.items()}
-        for arrays, _ in _made(kind, ROWS, iter(range(steps)))
+        for arrays, _ in _build(kind, SPEC, iter(range(steps)))
     ]
-    assert len(made) == steps
-    for step, batch in enumerate(made):
-        expected = ROWS(step, 4, 11)
+    assert len(built) == steps
+    for step, batch in enumerate(built):
+        expected = SPEC.arrays(step, 4, 11)
         assert batch.keys() == expected.keys()
         for name in expected:
             np.testing.assert_array_equal(batch[name], expected[name])
             assert batch[name].dtype == expected[name].dtype
 
 
-ROWS = CountingRows()
+SPEC = CountingBatches()
 
 
-class ModestRows(CountingRows):
-    """Reading ahead is left to the workers: the main process only looks at one row."""
+class ReadAheadChecks(CountingBatches):
+    """Requires that only workers read ahead: the main process builds a single row."""
 
-    def open(self, first: int, last: int, look_ahead: int = 512) -> CountingMaker:
+    def open(self, first: int, last: int, look_ahead: int = 512) -> CountingBuilder:
         assert (look_ahead == 0) == (multiprocessing.parent_process() is None)
         return super().open(first, last)
 
 
 def test_the_main_process_does_not_read_ahead():
-    assert len(list(_made("processes", ModestRows(), iter(range(3))))) == 3
+    assert len(list(_build("processes", ReadAheadChecks(), iter(range(3))))) == 3
 
 
-def test_the_batch_in_use_is_not_written_over():
-    batches = _made("processes", ROWS, count(), ahead=3)
+def test_the_batch_in_use_is_not_overwritten():
+    batches = _build("processes", SPEC, count(), ahead=3)
     for step in range(8):
         batch = next(batches).arrays
         time.sleep(0.02)
@@ -100,8 +100,8 @@ def test_the_batch_in_use_is_not_written_over():
 
 
 @pytest.mark.parametrize("kind", ["thread", "processes"])
-def test_an_error_comes_in_its_turn_and_ends_everything(kind):
-    batches = _made(kind, CountingRows(broken_step=3), count())
+def test_an_error_is_raised_in_order_and_ends_all_workers(kind):
+    batches = _build(kind, CountingBatches(broken_step=3), count())
     for _ in range(3):
         next(batches)
     with pytest.raises(UserError, match=r"^step 3 is broken$"):
@@ -109,15 +109,15 @@ def test_an_error_comes_in_its_turn_and_ends_everything(kind):
     assert multiprocessing.active_children() == []
 
 
-def test_a_bug_in_a_worker_comes_with_its_traceback():
-    batches = _made("processes", CountingRows(broken_step=1, error=KeyError), count())
+def test_a_bug_in_a_worker_is_raised_with_its_traceback():
+    batches = _build("processes", CountingBatches(broken_step=1, error=KeyError), count())
     next(batches)
-    with pytest.raises(RuntimeError, match=r"(?s)Traceback.*in __call__.*step 1 is broken"):
+    with pytest.raises(RuntimeError, match=r"(?s)Traceback.*in arrays.*step 1 is broken"):
         next(batches)
 
 
 def test_a_worker_that_dies_is_one_error():
-    batches = _made("processes", ROWS, count())
+    batches = _build("processes", SPEC, count())
     next(batches)
     os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
     with pytest.raises(UserError, match="a data worker process died"):
@@ -129,11 +129,11 @@ SCRIPT = """
 import time
 from itertools import count
 from multiprocessing import active_children
-from test_prefetch import ROWS
-from rae_xla.data.prefetch import in_processes
+from test_prefetch import SPEC
+from rae_xla.data.prefetch import build_in_processes
 
 if __name__ == "__main__":
-    batches = in_processes(ROWS, count(), 0, 8, 2, 2)
+    batches = build_in_processes(SPEC, count(), 0, 8, 2, 2)
     next(batches)
     print(*(child.pid for child in active_children()), flush=True)
     time.sleep(600)
@@ -166,9 +166,10 @@ def _is_running(pid: int) -> bool:
         return False
 
 
-def test_workers_do_without_torch():
-    """They start faster and weigh less for it; see ``rows``."""
+def test_workers_do_not_import_torch():
+    """So they start faster and need less memory; see ``batch_builder``."""
     code = (
-        "import sys, rae_xla.data.prefetch, rae_xla.data.sources; assert 'torch' not in sys.modules"
+        "import sys, rae_xla.data.prefetch, rae_xla.data.shards.sources;"
+        "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

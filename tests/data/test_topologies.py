@@ -1,6 +1,6 @@
-"""The same global batches, pixels and flips on any number of hosts and workers, and from anywhere.
+"""The same global batches, pixels and flips for any number of hosts and workers, and any storage.
 
-JPEGs of a photograph's proportions, cropped at random; the bucket is a real server on loopback.
+The images are JPEGs with random crops; the bucket is a server on the loopback interface.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -11,32 +11,32 @@ import pytest
 import torch
 from photographs import write_photographs
 
-from rae_xla.data.shards import open_index
-from rae_xla.data.stream import SampleStream
+from rae_xla.data.loader import TrainingLoader
+from rae_xla.data.shards.index import open_index
 from rae_xla.data.transforms import ResizeRandomCrop
 
-pytestmark = pytest.mark.unhurried
+pytestmark = pytest.mark.slow
 
 BATCH, STEPS = 32, 7  # past the end of the first epoch
 
 FEW = [(1, 1), (2, 4), (8, 1)]
 MANY = [(hosts, workers) for hosts in (1, 2, 4, 8) for workers in (1, 2, 4)]
 CASES = [
-    pytest.param(place, *pair, marks=[] if place == "disk" or pair in FEW else pytest.mark.slow)
-    for place in ("disk", "bucket")
+    pytest.param(storage, *pair, marks=[] if pair in FEW else pytest.mark.nightly)
+    for storage in ("disk", "bucket")
     for pair in MANY
 ]
 
 
 def take(index, hosts, workers, start=0, steps=STEPS):
-    """Global batches: those of every host put together, the hosts running at once."""
+    """Return the global batches, from hosts that run at the same time."""
 
     def one_host(number):
-        stream = SampleStream(
+        loader = TrainingLoader(
             index, seed=3, global_batch_size=BATCH, transform=ResizeRandomCrop(32, fast=True),
             process_index=number, process_count=hosts, num_workers=workers, flip=True,
         )  # fmt: skip
-        batches = stream.batches(start)
+        batches = loader.batches(start)
         taken = list(islice(batches, steps))
         batches.close()
         return taken
@@ -49,9 +49,9 @@ def take(index, hosts, workers, start=0, steps=STEPS):
     ]
 
 
-def assert_same(ours, theirs):
-    assert len(ours) == len(theirs)
-    for one, other in zip(ours, theirs, strict=True):
+def assert_same(batches, expected):
+    assert len(batches) == len(expected)
+    for one, other in zip(batches, expected, strict=True):
         assert one.keys() == other.keys() == {"image", "label", "index"}
         for name in one:
             assert torch.equal(one[name], other[name])
@@ -65,7 +65,7 @@ def on_disk(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def expected(on_disk):
-    """From disk, by one host, in a thread."""
+    """Batches from disk, of one host, built in a thread."""
     batches = take(on_disk, hosts=1, workers=0, steps=12)
     assert sorted(torch.cat([b["index"] for b in batches[:4]]).tolist()) != list(range(128))
     assert batches[0]["image"].shape == (BATCH, 3, 32, 32)
@@ -94,12 +94,12 @@ def test_the_same_global_batches(index, expected, hosts, workers):
 @pytest.mark.parametrize("index", ["disk", "bucket"], indirect=True)
 @pytest.mark.parametrize(("start", "hosts"), [(1, 2), (3, 8), (4, 1), (5, 4), (9, 2)])
 def test_resumed_on_another_number_of_hosts(index, expected, start, hosts):
-    """As a run does that is stopped after ``start`` steps, wherever in an epoch that is."""
+    """As for a run that was stopped after ``start`` steps, anywhere in an epoch."""
     assert_same(take(index, hosts, workers=0, start=start, steps=3), expected[start : start + 3])
 
 
-def test_flips_and_crops_are_drawn(expected):
-    """What the test is about is there: the same sample looks different in another epoch."""
+def test_flips_and_crops_are_random(expected):
+    """A precondition of the other tests: a sample differs from epoch to epoch."""
     seen = {}
     for batch in expected:
         for sample, image in zip(batch["index"].tolist(), batch["image"], strict=True):

@@ -1,4 +1,4 @@
-"""The Fréchet distance where its value is known, and moments that do not depend on the parts."""
+"""Fréchet distances with known values, and moments that do not depend on batching."""
 
 import numpy as np
 import pytest
@@ -38,7 +38,7 @@ def golden():
     return load_case("eval/metrics")
 
 
-def test_the_reference_numbers(golden):
+def test_golden_distances(golden):
     given = golden.meta["fid_mu_sigma"]
     first = gaussian(given["mu1"], given["sigma1"])
     second = gaussian(given["mu2"], given["sigma2"])
@@ -48,16 +48,16 @@ def test_the_reference_numbers(golden):
     assert frechet_distance(first, first) == pytest.approx(golden.meta["fid_identical"], abs=1e-12)
 
 
-def test_the_reference_moments(golden):
+def test_golden_moments(golden):
     given = golden.meta["fid_mu_sigma"]
     for number in ("1", "2"):
-        found = of_rows(golden[f"in.feat{number}"])
+        computed = of_rows(golden[f"in.feat{number}"])
         expected = gaussian(given["mu" + number], given["sigma" + number])
-        torch.testing.assert_close(found.mean, expected.mean, rtol=0, atol=1e-7)
-        torch.testing.assert_close(found.covariance, expected.covariance, rtol=0, atol=1e-6)
+        torch.testing.assert_close(computed.mean, expected.mean, rtol=0, atol=1e-7)
+        torch.testing.assert_close(computed.covariance, expected.covariance, rtol=0, atol=1e-6)
 
 
-def test_it_agrees_with_the_square_root_of_the_product():
+def test_distance_equals_that_of_the_matrix_square_root():
     linalg = pytest.importorskip("scipy.linalg")
     for seed in range(3):
         first, second = random_covariance(seed), random_covariance(seed + 10)
@@ -65,13 +65,13 @@ def test_it_agrees_with_the_square_root_of_the_product():
         root = linalg.sqrtm((first @ second).numpy()).real
         expected = ((means[0] - means[1]) ** 2).sum() + (first + second).trace()
         expected = expected.item() - 2 * np.trace(root)
-        found = frechet_distance(gaussian(means[0], first), gaussian(means[1], second))
-        assert found == pytest.approx(expected, rel=1e-10)
+        distance = frechet_distance(gaussian(means[0], first), gaussian(means[1], second))
+        assert distance == pytest.approx(expected, rel=1e-10)
 
 
 @pytest.mark.parametrize("shared", [0, 5, 20])
 def test_singular_covariances_with_a_common_eigenbasis(shared):
-    """There the distance is known: the sum of (sqrt(a) - sqrt(b))^2 over the eigenvalues."""
+    """The distance is the sum of (sqrt(a) - sqrt(b))^2 over the eigenvalues."""
     size = 64
     basis, _ = torch.linalg.qr(torch.randn(size, size, dtype=torch.float64, generator=seeded(0)))
     first, second = torch.zeros(2, size, dtype=torch.float64)
@@ -85,23 +85,23 @@ def test_singular_covariances_with_a_common_eigenbasis(shared):
 
 
 def test_fewer_samples_than_features():
-    """Both covariances are singular: finite, symmetric, and 0 for the same samples."""
+    """With singular covariances, the distance is finite, symmetric, and 0 for equal samples."""
     rows = [torch.randn(20, 300, dtype=torch.float64, generator=seeded(s)) + s for s in (0, 1)]
     first, second = map(of_rows, rows)
-    there, back = frechet_distance(first, second), frechet_distance(second, first)
-    assert np.isfinite(there)
-    assert there == pytest.approx(back, rel=1e-10)
-    assert there > 300  # the means alone are that far apart
+    distance, reversed_distance = frechet_distance(first, second), frechet_distance(second, first)
+    assert np.isfinite(distance)
+    assert distance == pytest.approx(reversed_distance, rel=1e-10)
+    assert distance > 300  # that of the means alone
     assert frechet_distance(first, first) < 1e-10
     shuffled = of_rows(rows[0].flip(0))
     assert frechet_distance(first, shuffled) < 1e-8
 
 
 def test_constant_features():
-    still = of_rows(torch.ones(5, 7))
-    assert frechet_distance(still, still) == 0
-    moved = Gaussian(still.mean + 1, still.covariance)
-    assert frechet_distance(still, moved) == pytest.approx(7)
+    constant = of_rows(torch.ones(5, 7))
+    assert frechet_distance(constant, constant) == 0
+    shifted = Gaussian(constant.mean + 1, constant.covariance)
+    assert frechet_distance(constant, shifted) == pytest.approx(7)
 
 
 def test_moments_far_from_zero_do_not_cancel():
@@ -110,35 +110,36 @@ def test_moments_far_from_zero_do_not_cancel():
     for part in rows.split([1, 499, 7, 493]):
         own = FeatureMoments.of(part)
         merged = own if merged is None else merged.merge(own)
-    found = merged.gaussian("rows")
-    torch.testing.assert_close(found.covariance, rows.T.cov(), rtol=1e-8, atol=1e-15)
-    torch.testing.assert_close(found.mean, rows.mean(0), rtol=1e-14, atol=0)
+    computed = merged.gaussian("rows")
+    torch.testing.assert_close(computed.covariance, rows.T.cov(), rtol=1e-8, atol=1e-15)
+    torch.testing.assert_close(computed.mean, rows.mean(0), rtol=1e-14, atol=0)
 
 
-def test_streamed_moments_do_not_depend_on_the_parts_at_all():
+def test_streamed_moments_are_bit_identical_for_any_parts():
     count = 2 * BLOCK + 37
     rows = torch.randn(count, 6, generator=seeded(0))
-    found = []
+    results = []
     for size in (1, 7, 64, BLOCK, 3 * BLOCK):
         stream = MomentStream()
         for part in rows.split(size):
             stream.add(part)
-        found.append(stream.moments())
-    assert {moments.count for moments in found} == {count}
-    assert all(torch.equal(moments.scatter, found[0].scatter) for moments in found)
-    torch.testing.assert_close(found[0].gaussian("rows").covariance, rows.double().T.cov())
+        results.append(stream.moments())
+    assert {moments.count for moments in results} == {count}
+    assert all(torch.equal(moments.scatter, results[0].scatter) for moments in results)
+    torch.testing.assert_close(results[0].gaussian("rows").covariance, rows.double().T.cov())
 
 
-def test_too_few_samples_and_broken_features():
-    with pytest.raises(UserError, match="these: 1 image has no covariance"):
+def test_too_few_samples_and_features_that_are_not_finite():
+    with pytest.raises(UserError, match="these: 1 image"):
         FeatureMoments.of(torch.zeros(1, 3)).gaussian("these")
     with pytest.raises(UserError, match="not finite"):
         FeatureMoments.of(torch.tensor([[1.0], [float("nan")]])).gaussian("these")
 
 
-def test_small_eigenvalues_that_are_real_are_kept():
-    """A spectrum over seven decades; equal sets must still be at no distance that anyone reports:
-    what is left comes from the smallest eigenvalues, whose squares lie at the edge of rounding.
+def test_genuine_small_eigenvalues_are_kept():
+    """With a spectrum over seven decades, the distance of equal sets stays below 1e-4.
+
+    The error comes from the smallest eigenvalues, whose squares are close to rounding.
     """
     basis, _ = torch.linalg.qr(torch.randn(256, 256, dtype=torch.float64, generator=seeded(0)))
     values = torch.logspace(1.3, -6, 256, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""PSNR and SSIM against the reference's numbers."""
+"""PSNR and SSIM equal those of the reference code."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ def golden():
 
 @pytest.fixture(scope="module")
 def pair(golden):
-    """Originals and reconstructions, channels first."""
+    """Originals and reconstructions, (B, 3, H, W) uint8."""
     return tuple(
         np.ascontiguousarray(golden[name].numpy().transpose(0, 3, 1, 2))
         for name in ("in.ref", "in.rec")
@@ -22,20 +22,20 @@ def pair(golden):
 
 
 @pytest.mark.parametrize("metric", [psnr, ssim])
-def test_the_reference_numbers(golden, pair, metric):
+def test_golden_values(golden, pair, metric):
     name = metric.__name__
-    found = metric(*pair)
+    values = metric(*pair)
     expected = [image[name] for image in golden.meta["per_image"]]
-    np.testing.assert_allclose(found, expected, rtol=1e-6)
-    assert found.mean() == pytest.approx(golden.meta[name], rel=1e-6)
-    assert found.dtype == np.float64
+    np.testing.assert_allclose(values, expected, rtol=1e-6)
+    assert values.mean() == pytest.approx(golden.meta[name], rel=1e-6)
+    assert values.dtype == np.float64
 
 
 @pytest.mark.parametrize("metric", [psnr, ssim])
-def test_a_picture_does_not_depend_on_its_neighbours(pair, metric):
-    whole = metric(*pair)
+def test_values_do_not_depend_on_the_batch(pair, metric):
+    batched = metric(*pair)
     alone = np.concatenate([metric(a[None], b[None]) for a, b in zip(*pair, strict=True)])
-    assert np.array_equal(whole, alone)
+    assert np.array_equal(batched, alone)
 
 
 def test_psnr_of_known_errors():

@@ -1,4 +1,4 @@
-"""The Inception Score by both protocols, against both."""
+"""Inception Scores in both protocols equal those of the ADM suite and torch-fidelity."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ def score(rows, split_of, size=100):
 
 
 def adm_score(rows, split_size=5000):
-    """The formula of the ADM suite, straight away."""
+    """Compute the formula of the ADM suite without streaming."""
     p = torch.softmax(rows.double(), 1).numpy()
     scores = []
     for start in range(0, len(p), split_size):
@@ -31,28 +31,28 @@ def adm_score(rows, split_size=5000):
 
 
 @pytest.mark.parametrize("count", [7, 5000, 12_345])
-def test_the_adm_suites_score(count):
+def test_score_of_the_adm_suite(count):
     rows = logits(count)
     rows[count // 2 :] += 2 * logits(1, seed=1)  # the splits differ
     assert score(rows, adm_splits(count)) == pytest.approx(adm_score(rows), rel=1e-10)
 
 
 @pytest.mark.parametrize("count", [10, 23, 4000])
-def test_torch_fidelitys_score(count):
+def test_score_of_torch_fidelity(count):
     rows = logits(count)
     expected = isc_features_to_metric(rows, splits=10, shuffle=True, rng_seed=2020)
-    found = score(rows, fidelity_splits(count))
-    assert found == pytest.approx(expected["inception_score_mean"], rel=1e-10)
+    computed = score(rows, fidelity_splits(count))
+    assert computed == pytest.approx(expected["inception_score_mean"], rel=1e-10)
 
 
 def test_known_scores():
-    sure = torch.full((20, 4), -1e4)
-    sure[torch.arange(20), torch.arange(20) % 4] = 0  # four classes, each as often, without doubt
-    assert score(sure, adm_splits(20)) == pytest.approx(4)
+    certain = torch.full((20, 4), -1e4)
+    certain[torch.arange(20), torch.arange(20) % 4] = 0  # four equally frequent classes
+    assert score(certain, adm_splits(20)) == pytest.approx(4)
     assert score(torch.zeros(20, 4), adm_splits(20)) == pytest.approx(1)
 
 
-def test_the_parts_do_not_count_at_all():
+def test_scores_are_bit_identical_for_any_parts():
     rows = logits(1000)
     for splits in (adm_splits, fidelity_splits):
         assert len({score(rows, splits(1000), size) for size in (1, 7, 64, 1000)}) == 1

@@ -1,4 +1,4 @@
-"""Moments that do not depend on how the samples came."""
+"""Moments of latents do not depend on batching."""
 
 import torch
 
@@ -9,8 +9,8 @@ def moments(samples):
     return Moments(len(samples), samples.mean(0), ((samples - samples.mean(0)) ** 2).sum(0))
 
 
-def test_merging_equals_measuring_at_once_far_from_zero():
-    # a seed of its own: of one sample in eight, float64 itself is 1e-9 off here
+def test_merged_moments_far_from_zero():
+    # a fixed seed: with one seed in eight, the error of float64 itself reaches 1e-9
     generator = torch.Generator().manual_seed(0)
     samples = torch.randn(1000, 5, dtype=torch.float64, generator=generator) * 1e-3 + 1e4
     merged = None
@@ -20,8 +20,8 @@ def test_merging_equals_measuring_at_once_far_from_zero():
     torch.testing.assert_close(merged.variance, samples.var(0, unbiased=False), rtol=1e-9, atol=0)
 
 
-def test_an_empty_part_changes_nothing():
+def test_merging_an_empty_part():
     samples = torch.randn(4, 3, dtype=torch.float64)
-    nothing = Moments(0.0, torch.zeros(3).double(), torch.zeros(3).double())
-    torch.testing.assert_close(moments(samples).merge(nothing).variance, moments(samples).variance)
-    torch.testing.assert_close(nothing.merge(moments(samples)).mean, moments(samples).mean)
+    empty = Moments(0.0, torch.zeros(3).double(), torch.zeros(3).double())
+    torch.testing.assert_close(moments(samples).merge(empty).variance, moments(samples).variance)
+    torch.testing.assert_close(empty.merge(moments(samples)).mean, moments(samples).mean)

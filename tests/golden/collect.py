@@ -1,13 +1,13 @@
-"""Copy the reference numbers the tests need into this folder, without what they do not read.
+"""Copy the reference numbers that the tests read into this folder.
 
     python tests/golden/collect.py PATH_TO_SHARED_GOLDEN
 
-Left out, to keep the folder small: full gradients of parameters (the JSON beside each file holds
-the norm of every one), intermediate activations, RAE state dicts that ``decoder.pt`` and
-``encoder/`` beside them already hold, and the latent statistics that a diffusers configuration
-repeats. The largest weights are stored as the draws they came from (``tests/drawn_weights.py``);
-a weight that those do not give bit for bit is stored itself. Kept whole: the one step of stage 1
-and the discriminator in it, small files whose every number is checked.
+To keep the folder small, these are left out: full gradients of parameters (the JSON of each case
+has their norms), intermediate activations, RAE state dicts that ``decoder.pt`` and ``encoder/`` in
+the same folder contain, and latent statistics that a diffusers configuration repeats. The largest
+weights are stored as seeds (``tests/helpers/seeded_weights.py``); weights that a seed does not
+reproduce bit for bit are stored themselves. The stage-1 step and its discriminator are complete,
+because the tests check every number of them.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from drawn_weights import draw, find_recipe
+sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
+from seeded_weights import draw, find_recipe
 
 FOLDERS = (
     "stage2", "rae", "keymaps", "transport", "train", "disc", "eval", "e2e", "diffusers",
 )  # fmt: skip
-KEPT_WHOLE = ("train/stage1_one_step", "disc/dinodisc_a")
+COMPLETE = ("train/stage1_one_step", "disc/dinodisc_a")
 SKIPPED_PREFIXES = ("grad.", "gradall.", "mid.")
 INPUT_GRADIENTS = ("grad.a", "grad.x", "grad.fake_eval")
-SAVED_BESIDE = ("state.encoder.", "state.decoder.")
-# Case -> prefix of its drawn tensors -> seed.
+IN_OTHER_FILES = ("state.encoder.", "state.decoder.")
+# Case -> prefix of its seeded tensors -> seed.
 DRAWN = {
     "stage2/ddt_b_qknorm": {"state": 1002, "guide_state": 1003},
     "disc/dinodisc_b_gn": {"dino": 5302},
@@ -43,17 +43,17 @@ NOT_DRAWN = ("freqs_cos", "freqs_sin", "encoder_mean", "encoder_std", "latents_m
 
 
 def wanted(case: str, key: str) -> bool:
-    """Whether a tensor of a case is read by a test."""
-    if case in KEPT_WHOLE or (case.startswith("disc/") and key in INPUT_GRADIENTS):
+    """Return whether a test reads a tensor of a case."""
+    if case in COMPLETE or (case.startswith("disc/") and key in INPUT_GRADIENTS):
         return True
     if key.startswith(SKIPPED_PREFIXES):
         return False
     full_rae = case.startswith("rae/") and "/golden" in case
-    return not (full_rae and key.startswith(SAVED_BESIDE))
+    return not (full_rae and key.startswith(IN_OTHER_FILES))
 
 
-def take_out_drawn(case: str, order: list[str], kept: dict[str, torch.Tensor]) -> list[dict]:
-    """Remove the tensors that are draws from ``kept``; the recipes that give them."""
+def remove_seeded(case: str, order: list[str], kept: dict[str, torch.Tensor]) -> list[dict]:
+    """Remove the tensors that a seed reproduces from ``kept``; return their recipes."""
     recipes = []
     for prefix, seed in DRAWN.get(case, {}).items():
         names = [k for k in order if k.startswith(prefix + ".") and not k.endswith(NOT_DRAWN)]
@@ -65,25 +65,25 @@ def take_out_drawn(case: str, order: list[str], kept: dict[str, torch.Tensor]) -
 
 
 def copy_tensors(case: str, path: Path, out: Path) -> None:
-    """Copy a case's tensors, without those that no test reads or that can be drawn again."""
+    """Copy the tensors of a case, without those that no test reads or that a seed reproduces."""
     with safe_open(str(path), "pt") as tensors:
         kept = {k: tensors.get_tensor(k) for k in tensors.keys() if wanted(case, k)}  # noqa: SIM118
     if case in DRAWN:
         order = json.loads(path.with_suffix(".json").read_text())["tensors"]
-        recipes = take_out_drawn(case, list(order), kept)
+        recipes = remove_seeded(case, list(order), kept)
         out.with_suffix(".drawn.json").write_text(json.dumps(recipes, separators=(",", ":")))
     save_file(kept, str(out))
 
 
 def copy_configuration(path: Path, out: Path) -> None:
-    """Copy a diffusers config.json, without the statistics that ``golden.safetensors`` has too."""
+    """Copy a diffusers config.json, without the statistics that ``golden.safetensors`` contains."""
     values = json.loads(path.read_text())
     values = {k: v for k, v in values.items() if k not in ("latents_mean", "latents_std") or not v}
     out.write_text(json.dumps(values))
 
 
 def main() -> None:
-    """Copy every file of the folders above, trimming the safetensors."""
+    """Copy every file of the folders above; safetensors files are reduced."""
     source, target = Path(sys.argv[1]), Path(__file__).parent
     for folder in FOLDERS:
         for path in sorted((source / folder).rglob("*")):

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from tiny import make_configs, make_shards, metrics, rae_xla
 
-from rae_xla.data.shards import open_index
+from rae_xla.data.shards.index import open_index
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def losses(folder):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_bad_sample_is_replaced_told_and_counted(world, workers):
+def test_a_bad_sample_is_replaced_logged_and_counted(world, workers):
     garble(world["shards"], 5)
     options = ("data.max_bad_samples=0.5", f"data.num_workers={workers}")
     done = train(world, "run", *options)
@@ -46,15 +46,15 @@ def test_a_bad_sample_is_replaced_told_and_counted(world, workers):
         for line in (world["folder"] / "run/bad_samples.jsonl").read_text().splitlines()
     ]
     assert {line["sample"] for line in listed} == {5}
-    told = re.findall(r"bad sample: .*shard-000000\.tar: sample 5 was changed", done.stderr)
-    assert len(told) == len(listed) >= 1
+    logged = re.findall(r"bad sample: .*shard-000000\.tar: sample 5 was changed", done.stderr)
+    assert len(logged) == len(listed) >= 1
     assert metrics(world["folder"] / "run")[-1]["data/bad_samples"] == len(listed)
     again = train(world, "again", "data.max_bad_samples=0.5", "data.num_workers=1")
     assert again.returncode == 0
     assert losses(world["folder"] / "again") == losses(world["folder"] / "run")
 
 
-def test_too_many_bad_samples_end_the_run_with_the_list(world):
+def test_too_many_bad_samples_end_the_run(world):
     garble(world["shards"], 5)
     done = train(world, "run")
     assert done.returncode == 2
@@ -63,7 +63,7 @@ def test_too_many_bad_samples_end_the_run_with_the_list(world):
     assert "bad_samples.jsonl" in error
 
 
-def test_shards_that_were_overwritten_stop_the_run_before_step_1(world):
+def test_overwritten_shards_are_found_before_the_run(world):
     index = open_index(world["shards"])
     garble(world["shards"], len(index) - 1)
     done = train(world, "run")
@@ -72,7 +72,7 @@ def test_shards_that_were_overwritten_stop_the_run_before_step_1(world):
     assert not (world["folder"] / "run").exists()
 
 
-def test_a_cache_changes_nothing_and_spares_the_shards(world):
+def test_a_cache_does_not_change_the_run(world):
     clean = train(world, "clean")
     cache = f"data.cache_dir={world['folder'] / 'cache'}"
     first = train(world, "first", cache, "data.num_workers=2")
@@ -87,12 +87,12 @@ def test_several_sources(world, tmp_path):
     sources = f"data.train=[{world['shards']},{second}]"
     done = train(world, "run", sources, "data.weights=[3,1]")
     assert done.returncode == 0, done.stderr
-    assert f"of each 8 rows 6 from {world['shards']}, 2 from {second}" in done.stderr
+    assert f"of each 8 rows, 6 from {world['shards']}, 2 from {second}" in done.stderr
     saved = yaml.safe_load((world["folder"] / "run/config.yaml").read_text())
     assert saved["data"]["train"] == [world["shards"], second]
     other = train(world, "run", "training.steps=16", sources)
     assert other.returncode == 2
-    assert "holds checkpoints of a run on other training data" in other.stderr
+    assert "has checkpoints of a run on other training data" in other.stderr
     os.rename(second, tmp_path / "moved")
     gone = train(world, "gone", sources)
     assert gone.returncode == 2

@@ -1,4 +1,4 @@
-"""``rae-xla evaluate`` from the command line, on plain torch. The networks have RANDOM weights."""
+"""``rae-xla evaluate recon`` and ``decoders`` on the torch backend, with RANDOM networks."""
 
 import json
 import re
@@ -14,12 +14,12 @@ from random_networks import random_extractor, write_inception
 from tiny import make_configs, make_shards, rae_xla
 
 from rae_xla.config import load_config
-from rae_xla.data.shards import open_index
-from rae_xla.data.stream import one_pass
+from rae_xla.data.loader import one_pass
+from rae_xla.data.shards.index import open_index
 from rae_xla.data.transforms import CenterCrop
 from rae_xla.evaluate.image_metrics import psnr
-from rae_xla.registry import instantiate
-from rae_xla.sample.pictures import to_pixels, to_unit
+from rae_xla.interop.instantiate import instantiate
+from rae_xla.sample.images import to_pixels, to_unit
 
 IMAGES = 21
 DECODER = GOLDEN / "rae/dinov2/decoder.pt"
@@ -39,23 +39,23 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(world):
-    """A short run of each stage."""
-    folders = {stage: world["folder"] / "results" / stage for stage in ("stage1", "stage2")}
-    for stage, folder in folders.items():
+    """Return the results folders of a short run of each stage."""
+    folders = {task: world["folder"] / "results" / task for task in ("stage1", "stage2")}
+    for task, folder in folders.items():
         settings = ("training.steps=4", "checkpoint.every_steps=4")
-        succeed("train", stage, "--config", world[stage], "--results-dir", folder, *settings)
+        succeed("train", task, "--config", world[task], "--results-dir", folder, *settings)
     return folders
 
 
 @pytest.fixture(scope="module")
-def truth(world):
-    """The first images and their reconstructions, computed here: uint8, channels first."""
+def image_pairs(world):
+    """Return the first images and their reconstructions, (N, 3, 32, 32) uint8."""
     batches = one_pass(open_index(world["shards"]), batch_size=IMAGES, transform=CenterCrop(32))
     images = next(batches)["image"]
     rae = instantiate(load_config(str(world["stage2"])).stage_1).eval()
     with torch.no_grad():
-        made = to_pixels(rae(to_unit(images)), rounding=True).permute(0, 3, 1, 2)
-    return images, made
+        results = to_pixels(rae(to_unit(images)), rounding=True).permute(0, 3, 1, 2)
+    return images, results
 
 
 def succeed(*command):
@@ -84,29 +84,30 @@ def report(world, name, *options):
 
 
 @pytest.fixture(scope="module")
-def whole(world):
-    return report(world, "whole", "--num-images", IMAGES, "--batch-size", 64)
+def expected(world):
+    return report(world, "expected", "--num-images", IMAGES, "--batch-size", 64)
 
 
-def test_the_numbers_are_those_computed_by_hand(whole, truth):
-    found = {name: entry["value"] for name, entry in whole[0]["metrics"].items()}
-    assert list(found) == ["psnr", "ssim", "lpips", "rfid"]
-    images, made = truth
-    assert found["psnr"] == pytest.approx(psnr(images.numpy(), made.numpy()).mean(), rel=1e-12)
+def test_values_equal_an_independent_computation(expected, image_pairs):
+    values = {name: entry["value"] for name, entry in expected[0]["metrics"].items()}
+    assert list(values) == ["psnr", "ssim", "lpips", "rfid"]
+    images, results = image_pairs
+    ratio = psnr(images.numpy(), results.numpy()).mean()
+    assert values["psnr"] == pytest.approx(ratio, rel=1e-12)
 
-    # Fréchet, from torch-fidelity's own features: with fewer samples than features the trace of
-    # the root is the nuclear norm of a small matrix.
+    # Fréchet distance of torch-fidelity's features: with fewer samples than features, the trace of
+    # the matrix root is the nuclear norm of a small matrix.
     network = random_extractor()
-    rows = [network(pixels)[0].double() for pixels in (images, made)]
+    rows = [network(pixels)[0].double() for pixels in (images, results)]
     first, second = (r - r.mean(0) for r in rows)
     traces = (first.square().sum() + second.square().sum()) / (IMAGES - 1)
     overlap = torch.linalg.svdvals(first @ second.T).sum() / (IMAGES - 1)
-    expected = (rows[0].mean(0) - rows[1].mean(0)).square().sum() + traces - 2 * overlap
-    assert found["rfid"] == pytest.approx(expected.item(), rel=1e-6)
+    distance = (rows[0].mean(0) - rows[1].mean(0)).square().sum() + traces - 2 * overlap
+    assert values["rfid"] == pytest.approx(distance.item(), rel=1e-6)
 
 
-def test_the_report_says_what_was_measured(world, whole):
-    found, printed = whole
+def test_report_and_table(world, expected):
+    found, printed = expected
     index = open_index(world["shards"])
     assert found["num_images"] == IMAGES
     assert {entry["images"] for entry in found["metrics"].values()} == {IMAGES}
@@ -126,32 +127,32 @@ def test_the_report_says_what_was_measured(world, whole):
     assert f"rfid against the {IMAGES} originals" in printed
 
 
-@pytest.mark.slow
-def test_the_batch_size_changes_nothing(world, whole):
-    # settings after an option of many values are settings still
+@pytest.mark.nightly  # by default only on XLA: test_evaluate_xla.py
+def test_batch_size_changes_nothing(world, expected):
+    # settings may follow an option with several values
     options = ("--num-images", IMAGES, "--batch-size", 5)
     found, _ = report(world, "small", *options, "--metrics", "rfid", "lpips", "psnr", "ssim")
-    assert found["metrics"] == whole[0]["metrics"]
+    assert found["metrics"] == expected[0]["metrics"]
 
 
 @pytest.mark.slow
-def test_a_reference_file(world, whole, truth):
-    """The same originals as a file: the same rFID. More of them: a warning."""
+def test_reference_file(world, expected, image_pairs):
+    """The originals as a file give the same rFID; another number of them gives a warning."""
     path = world["folder"] / "originals.npz"
-    images = truth[0].permute(0, 2, 3, 1).numpy()
+    images = image_pairs[0].permute(0, 2, 3, 1).numpy()
     np.savez(path, arr_0=images)
     options = ("--metrics", "rfid", "--reference", path)
     found, _ = report(world, "reference", *options, "--num-images", IMAGES)
-    assert found["metrics"]["rfid"] == whole[0]["metrics"]["rfid"]
+    assert found["metrics"]["rfid"] == expected[0]["metrics"]["rfid"]
     assert found["reference"]["kind"] == "images"
     assert found["warnings"] == []
     found, printed = report(world, "fewer", *options, "--num-images", 9)
     assert found["reference"]["count"] == IMAGES
-    assert f"warning: the reference has {IMAGES} images and 9 are compared" in printed
+    assert f"warning: the reference has {IMAGES} images and 9" in printed
     assert len(found["warnings"]) == 1
 
 
-def test_a_checkpoint_of_training(world, runs):
+def test_training_checkpoint(world, runs):
     values = {}
     for which in ("ema", "model"):
         options = ("--ckpt", runs["stage1"], "--weights", which, "--metrics", "psnr")
@@ -163,17 +164,17 @@ def test_a_checkpoint_of_training(world, runs):
 
 
 RECON_MISUSES = [
-    ("too many images", ["--num-images", 49], "49 images .* which holds 48"),
+    ("too many images", ["--num-images", 49], "49 images .* which has 48"),
     ("no image", ["--num-images", 0], "0 images"),
-    ("an unknown metric", ["--metrics", "psrn"], "--metrics psrn: .* knows psnr ssim lpips rfid"),
-    ("no batch", ["--batch-size", 0, "--metrics", "psnr"], "a batch of 0"),
+    ("an unknown metric", ["--metrics", "psrn"], "--metrics psrn: .* psnr ssim lpips rfid"),
+    ("no batch", ["--batch-size", 0, "--metrics", "psnr"], "batch size is 0"),
     ("one image", ["--num-images", 1, "--metrics", "rfid"], "rfid of a single image"),
     ("a reference for nothing", ["--metrics", "psnr", "--reference", "a.npz"], "add rfid"),
-    ("no reference", ["--metrics", "rfid", "--reference", "a.npz"], "a.npz: there is no such file"),
-    ("an option of the other", ["--latents", "a.npy"], "--latents belongs to .* decoders"),
+    ("no reference", ["--metrics", "rfid", "--reference", "a.npz"], "a.npz"),
+    ("an option of the other", ["--latents", "a.npy"], "--latents applies to .* decoders"),
     ("weights of what", ["--weights", "ema"], "give --ckpt too"),
-    ("no checkpoint", ["--ckpt", "none.pt", "--metrics", "psnr"], "there is no file none.pt"),
-    ("an empty folder", ["--ckpt", "EMPTY", "--metrics", "psnr"], "holds no checkpoint"),
+    ("no checkpoint", ["--ckpt", "none.pt", "--metrics", "psnr"], "none.pt"),
+    ("an empty folder", ["--ckpt", "EMPTY", "--metrics", "psnr"], "checkpoint"),
     ("no shards", ["--data", "nowhere"], "nowhere"),
     ("no Inception", ["weights.inception=none.pth", "--metrics", "rfid"], "none.pth"),
     ("no VGG", ["weights.vgg16=none.pth", "--metrics", "lpips"], "none.pth.*--metrics psnr"),
@@ -189,7 +190,7 @@ def test_misuse_of_recon(world, tmp_path, what, options, message):
     fail(message, *recon(world), *options)
 
 
-def test_random_decoders_are_not_measured(world):
+def test_random_decoders_are_refused(world):
     command = ("evaluate", "recon", "--config", world["stage1"], "--metrics", "psnr")
     fail("no images to reconstruct", *command)
     fail("names no decoder weights", *command, "--data", world["shards"])
@@ -201,11 +202,11 @@ def test_random_decoders_are_not_measured(world):
 @pytest.fixture(scope="module")
 def samples(world, runs):
     out = world["folder"] / "samples"
-    succeed(*draw(world, runs, out))
+    succeed(*sample_command(world, runs, out))
     return out
 
 
-def draw(world, runs, out, *options):
+def sample_command(world, runs, out, *options):
     return ("sample", "--config", world["stage2"], "--ckpt", runs["stage2"], "--out", out,
             "--num-samples", 12, "--batch-size", 5, "--keep-latents", *options)  # fmt: skip
 
@@ -213,7 +214,7 @@ def draw(world, runs, out, *options):
 @pytest.fixture(scope="module")
 def other_decoder(world, runs):
     out = world["folder"] / "other.pt"
-    succeed("export", "decoder", "--ckpt", runs["stage1"], "--out", out)
+    succeed("checkpoints", "export", runs["stage1"], "--what", "decoder", "--out", out)
     return out
 
 
@@ -222,7 +223,7 @@ def decoders(world, samples, *options):
             samples / "latents.npy", *options, *world["settings"])  # fmt: skip
 
 
-def test_the_latents_are_those_of_the_pictures(world, samples):
+def test_latents_decode_to_the_images(world, samples):
     latents = np.load(samples / "latents.npy")
     assert latents.shape == (12, 32, 4, 4)
     assert latents.dtype == np.float32
@@ -233,12 +234,12 @@ def test_the_latents_are_those_of_the_pictures(world, samples):
         assert np.abs(pixels.astype(int) - arrays["arr_0"].astype(int)).max() <= 1
 
 
-@pytest.mark.parametrize("lost", ["pictures", "latents", "half of the latents"])
-def test_an_interrupted_set_is_completed(world, runs, samples, tmp_path, lost):
+@pytest.mark.parametrize("lost", ["images", "latents", "half of the latents"])
+def test_interrupted_set_is_completed(world, runs, samples, tmp_path, lost):
     out = tmp_path / "samples"
     shutil.copytree(samples, out)
-    if lost == "pictures":
-        # as if killed: rows of pictures that are not there yet may hold anything
+    if lost == "images":
+        # as if killed: rows of missing images may have any content
         for number in range(7, 12):
             (out / f"{number:06d}.png").unlink()
         found = np.load(out / "latents.npy", mmap_mode="r+")
@@ -251,34 +252,35 @@ def test_an_interrupted_set_is_completed(world, runs, samples, tmp_path, lost):
         content = (out / "latents.npy").read_bytes()
         (out / "latents.npy").write_bytes(content[: len(content) // 2])
     kept = (out / "000003.png").stat().st_mtime_ns
-    succeed(*draw(world, runs, out))
-    assert ((out / "000003.png").stat().st_mtime_ns == kept) == (lost == "pictures")
+    succeed(*sample_command(world, runs, out))
+    assert ((out / "000003.png").stat().st_mtime_ns == kept) == (lost == "images")
     for name in ("latents.npy", "000009.png"):
-        ours, theirs = (
+        completed, original = (
             np.load(folder / name)
             if name.endswith("npy")
             else np.asarray(Image.open(folder / name))
             for folder in (out, samples)
         )
-        np.testing.assert_allclose(ours, theirs, atol=1e-5 if name.endswith("npy") else 1)
+        np.testing.assert_allclose(completed, original, atol=1e-5 if name.endswith("npy") else 1)
 
 
 def test_sets_with_and_without_latents_do_not_mix(world, runs, samples, tmp_path):
-    plain = [word for word in draw(world, runs, tmp_path / "plain") if word != "--keep-latents"]
+    command = sample_command(world, runs, tmp_path / "plain")
+    plain = [argument for argument in command if argument != "--keep-latents"]
     succeed(*plain)
     assert not (tmp_path / "plain/latents.npy").exists()
     fail(r"other settings \(keep_latents\)", *plain, "--keep-latents")
-    with_latents = [samples if word == tmp_path / "plain" else word for word in plain]
+    with_latents = [samples if each == tmp_path / "plain" else each for each in plain]
     fail(r"other settings \(keep_latents\)", *with_latents)
-    # a set of before there was the option goes on without it
+    # a set that was written before the option existed resumes without it
     settings = json.loads((tmp_path / "plain/settings.json").read_text())
     del settings["keep_latents"]
     (tmp_path / "plain/settings.json").write_text(json.dumps(settings))
     succeed(*plain)
 
 
-def test_decoders_of_the_same_latents(world, samples, other_decoder, tmp_path):
-    """The decoder the set was drawn with gives the set back: no distance to it."""
+def test_compare_decoders(world, samples, other_decoder, tmp_path):
+    """The decoder that the set was sampled with has distance zero to the set."""
     printed = succeed(
         *decoders(world, samples, "--reference", samples / "samples.npz", "--out", tmp_path,
                   "--decoders", DECODER, other_decoder)
@@ -287,7 +289,7 @@ def test_decoders_of_the_same_latents(world, samples, other_decoder, tmp_path):
     same, other = found["decoders"]
     assert (same["name"], other["name"]) == ("decoder", "other")
     assert same["psnr_to_first"] == 100
-    assert same["fid"] == pytest.approx(0, abs=1e-3)  # a pixel may be cut off differently
+    assert same["fid"] == pytest.approx(0, abs=1e-3)  # a pixel may be truncated differently
     assert other["fid"] > 0.1
     assert other["psnr_to_first"] < 40
     assert found["num_images"] == found["reference"]["count"] == 12
@@ -303,11 +305,11 @@ def test_misuse_of_decoders(world, runs, samples, other_decoder, tmp_path):
     fail("needs --decoders", *decoders(world, samples))
     free = ("--metrics", "psnr")
     checkpoint = runs["stage1"] / "checkpoints/step-00000004"
-    fail(r"rae-xla export decoder --ckpt .*step-00000004 ",
+    fail(r"rae-xla checkpoints export .*step-00000004 ",
          *decoders(world, samples, *free, "--decoders", DECODER, checkpoint))  # fmt: skip
     fail("given twice", *decoders(world, samples, *free, "--decoders", DECODER, DECODER))
     fail(r"no\.pt", *decoders(world, samples, *free, "--decoders", DECODER, "no.pt"))
-    fail("there is no such file.*--keep-latents", *decoders(world, tmp_path, *free, *both))
+    fail("latents.npy.*--keep-latents", *decoders(world, tmp_path, *free, *both))
     for name, latents, message in [
         ("shape", np.ones((3, 8, 4, 4), np.float32), r"float32 \(3, 8, 4, 4\).*\(N, 32, 4, 4\)"),
         ("type", np.ones((3, 32, 4, 4)), "float64"),

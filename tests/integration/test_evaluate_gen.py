@@ -1,4 +1,4 @@
-"""``rae-xla evaluate gen`` and evaluation while training in stage 2, with RANDOM networks."""
+"""``rae-xla evaluate gen`` and evaluation during stage-2 training, with RANDOM networks."""
 
 import json
 import re
@@ -25,9 +25,9 @@ from rae_xla.cli.main import run
 from rae_xla.config import MeshConfig, RuntimeConfig, load_config
 from rae_xla.errors import UserError
 from rae_xla.runtime import start
-from rae_xla.train.evaluation import GenerationEvaluator
+from rae_xla.train.evaluators import GenerationEvaluator
 
-COUNT = 10  # torch-fidelity's score has ten splits
+COUNT = 10  # at least one image in each of the ten splits of torch-fidelity's score
 slow = pytest.mark.slow
 
 
@@ -37,7 +37,7 @@ def world(tmp_path_factory):
     shards = make_shards(folder)
     rng = np.random.default_rng(0)
     images = {
-        # some of the reference's among the samples, so that both sets cover something
+        # both sets share images, so that precision and recall are not zero
         "reference": rng.integers(0, 256, (COUNT, 32, 32, 3), dtype=np.uint8),
         "samples": rng.integers(0, 220, (COUNT, 32, 32, 3), dtype=np.uint8),
     }
@@ -52,8 +52,8 @@ def world(tmp_path_factory):
     } | make_configs(folder, shards)  # fmt: skip
 
 
-def gen(world, *options, samples=None, against=True):
-    reference = ("--reference", world["reference"]) if against else ()
+def gen(world, *options, samples=None, reference=True):
+    reference = ("--reference", world["reference"]) if reference else ()
     return ("evaluate", "gen", "--samples", samples or world["samples"], *reference, *options,
             *world["settings"])  # fmt: skip
 
@@ -65,40 +65,40 @@ def succeed(*command):
 
 
 def fail(message, *command):
-    """In this process: what ``main`` prints and gives the status 2."""
+    """Run a command in this process and check its user error."""
     with pytest.raises(UserError, match=message):
-        run([str(word) for word in command])
+        run([str(argument) for argument in command])
 
 
 @pytest.fixture(scope="module")
-def whole(world):
-    out = world["folder"] / "whole.json"
+def expected(world):
+    out = world["folder"] / "expected.json"
     printed = succeed(*gen(world, "--out", out))
     return json.loads(out.read_text()), printed
 
 
 @slow
-def test_the_numbers_are_torch_fidelitys(world, whole):
+def test_values_of_torch_fidelity(world, expected):
     network = random_extractor(features=("2048", "logits_unbiased"))
-    (ours, logits), (theirs, _) = (
+    (samples, logits), (reference, _) = (
         network(torch.from_numpy(world["images"][name].transpose(0, 3, 1, 2).copy()))
         for name in ("samples", "reference")
     )
-    found = {name: entry["value"] for name, entry in whole[0]["metrics"].items()}
-    both = [fid_features_to_statistics(rows.double()) for rows in (ours, theirs)]
-    expected = fid_statistics_to_metric(*both, verbose=False)["frechet_inception_distance"]
-    assert found["fid"] == pytest.approx(expected, rel=1e-4)
+    values = {name: entry["value"] for name, entry in expected[0]["metrics"].items()}
+    both = [fid_features_to_statistics(rows.double()) for rows in (samples, reference)]
+    fid = fid_statistics_to_metric(*both, verbose=False)["frechet_inception_distance"]
+    assert values["fid"] == pytest.approx(fid, rel=1e-4)
     score = isc_features_to_metric(logits)["inception_score_mean"]
-    assert found["is_torch_fidelity"] == pytest.approx(score, rel=1e-4)
-    coverage = calculate_precision_recall_full(ours, theirs)
-    assert (found["precision"], found["recall"]) == pytest.approx(coverage, rel=1e-4)
-    assert found["sfid"] > 0
-    assert found["is"] >= 1
+    assert values["is_torch_fidelity"] == pytest.approx(score, rel=1e-4)
+    coverage = calculate_precision_recall_full(samples, reference)
+    assert (values["precision"], values["recall"]) == pytest.approx(coverage, rel=1e-4)
+    assert values["sfid"] > 0
+    assert values["is"] >= 1
 
 
 @slow
-def test_the_report_and_the_table(world, whole):
-    found, printed = whole
+def test_report_and_table(world, expected):
+    found, printed = expected
     assert {entry["images"] for entry in found["metrics"].values()} == {COUNT}
     assert found["reference"]["kind"] == "images"
     assert found["reference"]["path"] == str(world["reference"])
@@ -110,25 +110,25 @@ def test_the_report_and_the_table(world, whole):
 
 
 @slow
-def test_two_processes_share_the_work(world, whole):
+def test_two_processes_share_the_work(world, expected):
     out = world["folder"] / "two.json"
     for done in rae_xla_processes(2, *gen(world, "--out", out, "--batch-size", 5)):
         assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())["metrics"]
-    assert list(found) == list(whole[0]["metrics"])
+    assert list(found) == list(expected[0]["metrics"])
     for name, entry in found.items():
-        assert entry["value"] == pytest.approx(whole[0]["metrics"][name]["value"], rel=1e-6)
+        assert entry["value"] == pytest.approx(expected[0]["metrics"][name]["value"], rel=1e-6)
 
 
 MISUSES = [
-    ("no samples", ["--samples", "none.npz"], "samples none.npz: there is no such file"),
-    ("another's option", ["--ckpt", "a.pt"], "--ckpt belongs to `rae-xla evaluate recon`, not gen"),
-    ("an unknown metric", ["--metrics", "gfid"], "--metrics gfid: .* knows fid sfid is precision"),
-    ("too many", ["--num-images", COUNT + 1], f"{COUNT + 1} pictures cannot be had .* has {COUNT}"),
-    ("too few", ["--num-images", 3], "precision of 3 pictures .* 4 are needed"),
-    ("no batch", ["--batch-size", 0], "a batch of 0"),
-    ("an idle reference", ["--metrics", "is"], "nothing that the Inception Score compares"),
-    ("no reference", ["--reference", "none.npz"], "none.npz: there is no such file"),
+    ("no samples", ["--samples", "none.npz"], "samples none.npz"),
+    ("another's option", ["--ckpt", "a.pt"], "--ckpt applies to `rae-xla evaluate recon`, not gen"),
+    ("an unknown metric", ["--metrics", "gfid"], "--metrics gfid: .* fid sfid is precision"),
+    ("too many", ["--num-images", COUNT + 1], f"{COUNT + 1} images .* has {COUNT}"),
+    ("too few", ["--num-images", 3], "precision of 3 images .*at least 4"),
+    ("no batch", ["--batch-size", 0], "--batch-size is 0"),
+    ("an unused reference", ["--metrics", "is"], "--reference is not used"),
+    ("no reference", ["--reference", "none.npz"], "reference none.npz"),
     ("no Inception", ["weights.inception=none.pth"], "none.pth"),
     ("no DINOv2", ["--metrics", "fd_dinov2", "weights.dinov2=none"], "none.*--metrics fid"),
     ("no such setting", ["weights.incpetion=a"], "weights.inception"),
@@ -140,16 +140,16 @@ def test_misuse(world, what, options, message):
     fail(message, *gen(world), *options)
 
 
-def test_what_is_missing(world):
-    fail("fid needs --reference", *gen(world, against=False))
+def test_missing_options(world):
+    fail("fid needs --reference", *gen(world, reference=False))
     fail("evaluate gen needs --samples", "evaluate", "gen", "--metrics", "is")
     fail("evaluate recon needs --config", "evaluate", "recon")
 
 
-def test_a_second_opinion(world):
-    """Without Inception: DINOv2's features alone."""
+def test_dino_distance_alone(world):
+    """Inception is not loaded."""
     encoder = str(GOLDEN / "rae/dinov2/encoder")
-    out = world["folder"] / "second.json"
+    out = world["folder"] / "dino.json"
     options = ("--metrics", "fd_dinov2", "--out", out, f"weights.dinov2={encoder}")
     succeed(*gen(world, *options))
     found = json.loads(out.read_text())
@@ -161,7 +161,7 @@ def test_a_second_opinion(world):
     )
 
 
-# ----------------------------------------------------------------------------- while training
+# ---------------------------------------------------------------------------- during training
 
 
 def train(world, name, *settings):
@@ -172,8 +172,8 @@ def train(world, name, *settings):
     return folder
 
 
-# The second opinion costs little beside Inception; that it is drawn from the right weights, at the
-# right steps and harms nothing is the same for every metric.
+# fd_dinov2 is cheap compared with Inception; weights, steps and side effects do not depend on the
+# metric.
 EVALUATION = [
     "eval.eval_interval=6", "eval.num_samples=8", "eval.lite_interval=2", "eval.lite_samples=4",
     "eval.metrics=[fd_dinov2]", f"weights.dinov2={GOLDEN / 'rae/dinov2/encoder'}",
@@ -187,21 +187,21 @@ def trained(world):
     return train(world, "evaluated", *EVALUATION, reference)
 
 
-def test_small_evaluations_come_before_the_first_whole_one(trained):
+def test_lite_evaluations_precede_the_first_full_one(trained):
     lines = [line for line in metrics(trained) if any(name.startswith("eval/") for name in line)]
-    small = {"eval/fd_dinov2_lite", "eval/model/fd_dinov2_lite"}
-    whole = {"eval/fd_dinov2", "eval/model/fd_dinov2"}
+    lite = {"eval/fd_dinov2_lite", "eval/model/fd_dinov2_lite"}
+    full = {"eval/fd_dinov2", "eval/model/fd_dinov2"}
     names = {line["step"]: {n for n in line if n.startswith("eval/")} for line in lines}
-    assert names == {2: small, 4: small, 6: whole, 8: whole}
+    assert names == {2: lite, 4: lite, 6: full, 8: full}
 
 
-def test_the_averaged_weights_are_measured(world, trained):
-    """The same samples drawn from the checkpoint by hand; from either of its weights."""
+def test_ema_and_model_weights_are_evaluated(world, trained):
+    """The values equal those of the same samples from the checkpoint."""
     logged = [line for line in metrics(trained) if "eval/fd_dinov2" in line][-1]
     assert logged["step"] == 8
     found = {}
     for which in ("ema", "model"):
-        out = world["folder"] / f"drawn-{which}"
+        out = world["folder"] / f"sampled-{which}"
         weights = trained if which == "ema" else _model_weights(trained, world["folder"])
         succeed("sample", "--config", world["stage2"], "--ckpt", weights, "--out", out,
                 "--num-samples", 8, "--seed", 0, *world["settings"])  # fmt: skip
@@ -215,14 +215,14 @@ def test_the_averaged_weights_are_measured(world, trained):
 
 
 def _model_weights(folder, where):
-    """The checkpoint's weights that are not averaged, as a bare state dict."""
+    """Write the checkpoint's weights without EMA as a bare state dict and return its path."""
     path = where / "model.pt"
     torch.save(dict(saved(folder, 8)["model"]), path)
     return path
 
 
 @slow
-def test_evaluation_changes_nothing_of_the_training(world, trained):
+def test_evaluation_does_not_change_training(world, trained):
     plain = train(world, "plain")
     same_bits(trained, plain, 8)
     losses = [
@@ -234,27 +234,27 @@ def test_evaluation_changes_nothing_of_the_training(world, trained):
 
 
 @slow
-def test_validation_images_are_the_reference_where_there_is_none(world):
+def test_validation_images_are_the_default_reference(world):
     folder = world["folder"] / "validated"
     done = rae_xla("train", "stage2", "--config", world["stage2"], "--results-dir", folder,
                    "training.steps=1", *world["settings"], *EVALUATION[:-1],
                    f"data.val={world['shards']}", "eval.num_images=9")  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert re.search(r"evaluation is against the 9 originals in .*shards", done.stderr)
+    assert re.search(r"evaluation: the reference is the 9 originals in .*shards", done.stderr)
     assert any(line.get("eval/fd_dinov2", 0) > 0 for line in metrics(folder))
 
 
-def test_what_evaluation_while_training_lacks(world):
-    runtime = start(RuntimeConfig(backend="torch"), MeshConfig())
+def test_errors_of_evaluation_during_training(world):
+    backend = start(RuntimeConfig(backend="torch"), MeshConfig())
 
-    def lack(message, *settings):
+    def refuse(message, *settings):
         with pytest.raises(UserError, match=message):
-            GenerationEvaluator(load_config(world["stage2"], settings), runtime, 32)
+            GenerationEvaluator(load_config(world["stage2"], settings), backend, 32)
 
-    lack(r"eval needs images .*reference_npz_path.*eval=null", "eval.num_samples=8")
-    lack("stage 2 has no psnr; there are fid, sfid", "eval.metrics=[psnr]")
-    lack(r"eval\.lite_interval.*0 or more", "eval.lite_interval=-1")
-    lack(r"none.*weights\.dinov2.*eval\.metrics=\[fid\] or eval=null", *EVALUATION[4:5],
+    refuse(r"eval needs images .*reference_npz_path.*eval=null", "eval.num_samples=8")
+    refuse("stage 2 has no .*psnr.* fid, sfid", "eval.metrics=[psnr]")
+    refuse(r"eval\.lite_interval.*0 or more", "eval.lite_interval=-1")
+    refuse(r"none.*weights\.dinov2.*eval\.metrics=\[fid\] or eval=null", *EVALUATION[4:5],
          "weights.dinov2=none", "eval.reference_npz_path=none.npz")  # fmt: skip
-    lack(r"none\.npz: there is no such file", *EVALUATION[4:6],
+    refuse(r"none\.npz", *EVALUATION[4:6],
          "eval.reference_npz_path=none.npz")  # fmt: skip

@@ -1,10 +1,8 @@
-"""The same images give the same numbers, whatever the batch size and the number of devices.
+"""Metrics do not depend on the batch size or the number of XLA devices.
 
-The networks have the real architectures and RANDOM weights: what is proved is that nothing depends
-on how the images were fed, not what the numbers are worth. Most of the time goes into compiling
-Inception for each number of devices, and each device always works on eight images: so there is one
-process of a single device that measures both reconstructions and samples, and one of four, this
-one, whose networks all tests share.
+The networks have the real architectures and RANDOM weights. Most of the time is the compilation of
+Inception for each number of devices. So one process with one device measures both reconstructions
+and samples, and this process has four devices and networks that all tests share.
 """
 
 import json
@@ -19,20 +17,21 @@ from random_networks import write_inception
 from tiny import environment, make_configs, make_shards, rae_xla
 
 from rae_xla.config import MeshConfig, RuntimeConfig, load_config
-from rae_xla.config.check import GEN_METRICS, RECON_METRICS
-from rae_xla.data.shards import open_index
-from rae_xla.evaluate.gen_reference import load_gen_reference
+from rae_xla.config.validation import GEN_METRICS, RECON_METRICS
+from rae_xla.data.shards.index import open_index
+from rae_xla.evaluate.feature_networks import FeatureNetwork
 from rae_xla.evaluate.generation import evaluate_generation
-from rae_xla.evaluate.inception import FeatureNetwork, load_inception
-from rae_xla.evaluate.picture_sets import open_pictures
+from rae_xla.evaluate.image_sets import open_images
+from rae_xla.evaluate.inception import load_inception
 from rae_xla.evaluate.reconstruction import evaluate_reconstruction
+from rae_xla.evaluate.references import load_generation_reference
+from rae_xla.interop.instantiate import instantiate
 from rae_xla.models.lpips import load_lpips
-from rae_xla.registry import instantiate
 from rae_xla.runtime import start
 
 pytestmark = pytest.mark.xla
 
-IMAGES = 10  # no number of devices or of images at a time divides it evenly
+IMAGES = 10  # divisible neither by the number of devices nor by a batch size
 GEN = tuple(name for name in GEN_METRICS if name != "fd_dinov2")
 slow = pytest.mark.slow
 
@@ -44,9 +43,9 @@ def world(tmp_path_factory):
     write_inception(folder / "inception.pth")
     write_vgg16(folder / "vgg16.pth")
     rng = np.random.default_rng(0)
-    drawn = rng.integers(0, 256, (2, IMAGES, 32, 32, 3), dtype=np.uint8)
-    drawn[1, :4] = drawn[0, :4]  # so that the sets have something in common
-    for name, images in zip(("samples", "reference"), drawn, strict=True):
+    sets = rng.integers(0, 256, (2, IMAGES, 32, 32, 3), dtype=np.uint8)
+    sets[1, :4] = sets[0, :4]  # shared images, so that precision and recall are not zero
+    for name, images in zip(("samples", "reference"), sets, strict=True):
         np.savez(folder / f"{name}.npz", arr_0=images)
     return {"folder": folder, "shards": shards} | make_configs(folder, shards)
 
@@ -67,7 +66,7 @@ def values(path):
     return {name: m["value"] for name, m in json.loads(path.read_text())["metrics"].items()}
 
 
-# Both in one process: what is compiled for the first serves the second.
+# Both commands run in one process, so that the second reuses the compiled Inception.
 BOTH = """
 import json, sys
 from rae_xla.cli.main import main
@@ -78,11 +77,11 @@ for command in json.loads(sys.argv[1]):
 
 @pytest.fixture(scope="module")
 def expected(world):
-    """Of one device, seven images at a time: of reconstructions and of samples."""
+    """Return the metrics of reconstructions and of samples, on one device with batches of 7."""
     folder = world["folder"]
     gen = ["gen", "--samples", folder / "samples.npz", "--reference", folder / "reference.npz",
            "--batch-size", 7, "--out", folder / "gen.json", *settings(world, 1)]  # fmt: skip
-    commands = [[str(word) for word in command] for command in (recon(world, 1, 7), gen)]
+    commands = [[str(argument) for argument in command] for command in (recon(world, 1, 7), gen)]
     done = subprocess.run(
         [sys.executable, "-c", BOTH, json.dumps(commands)],
         env=environment(), capture_output=True, text=True, check=False,
@@ -94,20 +93,20 @@ def expected(world):
 
 @pytest.fixture(scope="module")
 def four(world):
-    """A runtime of four devices in this process, and the networks on them."""
-    runtime = start(RuntimeConfig(backend="xla", devices=4), MeshConfig())
+    """Return a backend of four devices in this process, and networks placed on them."""
+    backend = start(RuntimeConfig(backend="xla", devices=4), MeshConfig())
     rae = instantiate(load_config(str(world["stage2"])).stage_1)
-    runtime.place(rae).train()
+    backend.place(rae).train()
     weights = [str(world["folder"] / name) for name in ("vgg16.pth", "inception.pth")]
-    lpips = runtime.place(load_lpips(weights[0], None))
-    features = FeatureNetwork(load_inception(weights[1]), runtime)
-    return runtime, rae, lpips, features
+    lpips = backend.place(load_lpips(weights[0], None))
+    features = FeatureNetwork(load_inception(weights[1]), backend)
+    return backend, rae, lpips, features
 
 
 def measure(world, four, **options):
-    runtime, rae, lpips, features = four
+    backend, rae, lpips, features = four
     return evaluate_reconstruction(
-        rae, runtime, open_index(world["shards"]), lpips=lpips, features=features, **options
+        rae, backend, open_index(world["shards"]), lpips=lpips, features=features, **options
     )
 
 
@@ -116,58 +115,60 @@ def first(world, four):
     return measure(world, four, num_images=IMAGES)
 
 
-def same_numbers(found, expected):
-    """To 1e-6. The distance of these random features is 61, so 1e-6 of it would be less than the
-    float32 they are computed in can tell: to 1e-7 of itself (measured: 2.3e-8).
+def assert_same_values(values, expected):
+    """Check values to 1e-6, and rFID relative to its value.
+
+    rFID of these random features is 61, and float32 features do not determine it to 1e-6. Its
+    relative tolerance is 1e-7 (measured: 2.3e-8).
     """
-    found, expected = dict(found), dict(expected)
-    assert found.pop("rfid") == pytest.approx(expected.pop("rfid"), rel=1e-7)
-    assert found == pytest.approx(expected, rel=0, abs=1e-6)
+    values, expected = dict(values), dict(expected)
+    assert values.pop("rfid") == pytest.approx(expected.pop("rfid"), rel=1e-7)
+    assert values == pytest.approx(expected, rel=0, abs=1e-6)
 
 
-def test_neither_the_batch_nor_the_devices_change_a_number(expected, first):
+def test_reconstruction_metrics_do_not_depend_on_batch_or_devices(expected, first):
     assert tuple(first.metrics) == RECON_METRICS
-    same_numbers(first.metrics, expected["recon"])
+    assert_same_values(first.metrics, expected["recon"])
 
 
-def test_nor_do_they_of_samples(world, four, expected):
-    runtime, _, _, features = four
+def test_generation_metrics_do_not_depend_on_batch_or_devices(world, four, expected):
+    backend, _, _, features = four
     path = str(world["folder"] / "reference.npz")
     report = evaluate_generation(
-        [open_pictures(world["folder"] / "samples.npz")],
-        runtime,
+        [open_images(world["folder"] / "samples.npz")],
+        backend,
         [features],
         metrics=GEN,
-        reference=load_gen_reference(path, 32, runtime, [features], GEN),
+        reference=load_generation_reference(path, 32, backend, [features], GEN),
     )
-    [(_, found)] = report.sets
-    assert set(GEN) < set(found)
-    assert found == pytest.approx(expected["gen"], rel=1e-6, abs=1e-6)
+    [(_, computed)] = report.sets
+    assert set(GEN) < set(computed)
+    assert computed == pytest.approx(expected["gen"], rel=1e-6, abs=1e-6)
 
 
-@slow
-def test_nor_does_another_mesh(world, expected):
+@pytest.mark.nightly
+def test_another_mesh_changes_nothing(world, expected):
     done = rae_xla("evaluate", *recon(world, 4, 1, "mesh.ici.data=2", "mesh.ici.fsdp=2"))
     assert done.returncode == 0, done.stderr
     assert "on 4 XLA devices" in done.stdout
     found = values(world["folder"] / "recon.json")
-    same_numbers(found, expected["recon"])
+    assert_same_values(found, expected["recon"])
 
 
 @slow
 def test_a_second_evaluation_compiles_nothing(world, four, first):
-    """As while training: the networks are placed once, the decoder's weights have changed."""
-    runtime, rae, _, _ = four
+    """As during training: the networks stay placed, and the decoder's weights change."""
+    backend, rae, _, _ = four
     assert rae.training
-    compiled = runtime.compilations()
+    compiled = backend.compilations()
     again = measure(world, four, num_images=IMAGES, batch_size=1, reference=first.reference)
     assert again.metrics == first.metrics
     with torch.no_grad():
         rae.decoder.decoder_pred.bias.add_(0.1)
-    runtime.synchronize()
-    update = runtime.compilations() - compiled
-    metrics = ("psnr", "lpips")  # Inception takes no weights that have changed
+    backend.synchronize()
+    update = backend.compilations() - compiled
+    metrics = ("psnr", "lpips")  # Inception has no weights that change
     changed = measure(world, four, num_images=4, batch_size=3, metrics=metrics)
     assert changed.metrics["psnr"] != first.metrics["psnr"]
-    assert runtime.compilations() == compiled + update
-    assert runtime.fallbacks() == {}
+    assert backend.compilations() == compiled + update
+    assert backend.fallbacks() == {}

@@ -1,25 +1,34 @@
-"""A run that moves from one topology to the next, and to plain torch, stays the same run."""
+"""A run that resumes on other topologies, and on the torch backend, computes the same numbers."""
 
 import pytest
 import torch
 from tiny import make_configs, make_shards, metrics, rae_xla, saved
 
-from rae_xla.interop.checkpoint_folder import Checkpoint
-from rae_xla.interop.checkpoint_tensors import stored_parts
+from rae_xla.checkpoint.manager import Checkpoint
+from rae_xla.checkpoint.reader import read_metadata
+from rae_xla.checkpoint.tensors import stored_parts
 
 pytestmark = pytest.mark.xla
 
+ON_8 = (5, ["runtime.backend=xla", "runtime.devices=8", "mesh.ici.fsdp=8"])
+ON_4 = (10, ["runtime.backend=xla", "runtime.devices=4", "mesh.ici.fsdp=4"])
+ON_2X4 = (15, ["runtime.backend=xla", "runtime.devices=8", "mesh.ici.data=2", "mesh.ici.fsdp=4"])
+ON_2X2 = (15, ["runtime.backend=xla", "runtime.devices=4", "mesh.ici.data=2", "mesh.ici.fsdp=2"])
+ON_TORCH = (20, ["runtime.backend=torch"])
+"""(last step, settings of the place) of a stretch of the run."""
+
 PLACES = [
-    (5, ["runtime.backend=xla", "runtime.devices=8", "mesh.ici.fsdp=8"]),
-    (10, ["runtime.backend=xla", "runtime.devices=4", "mesh.ici.fsdp=4"]),
-    (15, ["runtime.backend=xla", "runtime.devices=8", "mesh.ici.data=2", "mesh.ici.fsdp=4"]),
-    (20, ["runtime.backend=torch"]),
+    pytest.param([ON_4, ON_2X2, ON_TORCH], id="4 to 2x2 devices, then torch"),
+    pytest.param(
+        [ON_8, ON_4, ON_2X4, ON_TORCH],
+        id="8 to 4 to 2x4 devices, then torch",
+        marks=pytest.mark.nightly,
+    ),
 ]
-"""Up to which step, and where."""
 
 
-@pytest.mark.slow
-def test_8_to_4_to_2x4_devices_and_to_torch(tmp_path):
+@pytest.mark.parametrize("places", PLACES)
+def test_a_run_moves_between_topologies_and_to_torch(tmp_path, places):
     config = make_configs(tmp_path, make_shards(tmp_path))["stage2"]
 
     def train(name, *overrides):
@@ -27,22 +36,20 @@ def test_8_to_4_to_2x4_devices_and_to_torch(tmp_path):
         done = rae_xla(*command, *overrides)
         assert done.returncode == 0, done.stderr
 
-    train("still")
-    for steps, place in PLACES:
+    train("unmoved")
+    for steps, place in places:
         train("moving", f"training.steps={steps}", *place)
-    for one, other in zip(metrics(tmp_path / "moving"), metrics(tmp_path / "still"), strict=True):
+    for one, other in zip(metrics(tmp_path / "moving"), metrics(tmp_path / "unmoved"), strict=True):
         assert one["step"] == other["step"]
         for name in ("train/loss", "train/grad_norm"):
             assert one[name] == pytest.approx(other[name], rel=1e-4), one["step"]
-    moved, still = saved(tmp_path / "moving"), saved(tmp_path / "still")
-    for name, tensor in still["ema"].items():
+    moved, unmoved = saved(tmp_path / "moving"), saved(tmp_path / "unmoved")
+    for name, tensor in unmoved["ema"].items():
         torch.testing.assert_close(moved["ema"][name], tensor, rtol=1e-3, atol=1e-5)
 
 
-def test_of_each_tensor_every_element_is_written_once(tmp_path):
-    """On 2 x 2 devices: split over two, held twice, or whole on all four."""
-    from rae_xla.runtime.checkpoint_reader import read_table
-
+def test_every_element_of_a_tensor_is_written_once(tmp_path):
+    """On 2 x 2 devices, where tensors are sharded over two devices or replicated on all four."""
     config = make_configs(tmp_path, make_shards(tmp_path))["stage2"]
     done = rae_xla(
         "train", "stage2", "--config", config, "--results-dir", tmp_path / "run",
@@ -51,7 +58,7 @@ def test_of_each_tensor_every_element_is_written_once(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     checkpoint = Checkpoint(str(tmp_path / "run/checkpoints/step-00000001"))
-    table = read_table(checkpoint.folder).state_dict_metadata
+    table = read_metadata(checkpoint.folder).state_dict_metadata
     chunks = {name: len(entry.chunks) for name, entry in table.items()}
     assert set(chunks.values()) == {1, 2}
     assert sum(count == 2 for count in chunks.values()) > 20

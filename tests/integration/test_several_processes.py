@@ -1,4 +1,4 @@
-"""Runs of several processes on plain torch, gloo between them: the numbers of one process."""
+"""Runs of several processes of the torch backend, over gloo: the numbers of one process."""
 
 import re
 import shutil
@@ -40,11 +40,11 @@ def world(tmp_path_factory):
 
 
 def train(world, config, name, count, *overrides):
-    """A run of ``count`` processes; its metrics, and what each process said."""
+    """Train on ``count`` processes; return the metrics and the completed processes."""
     folder = world["folder"] / name
-    stage = "stage2" if config == "stage2" else "stage1"
+    task = "stage2" if config == "stage2" else "stage1"
     done = rae_xla_processes(
-        count, "train", stage, "--config", world[config], "--results-dir", folder, *overrides
+        count, "train", task, "--config", world[config], "--results-dir", folder, *overrides
     )
     assert [process.returncode for process in done] == [0] * count, done[0].stderr
     return metrics(folder), done
@@ -66,7 +66,7 @@ def same_losses(ours, theirs, rel=1e-4):
             assert one[name] == pytest.approx(other[name], rel=rel), (one["step"], name)
 
 
-def test_fsdp_gives_the_losses_of_one_process_and_the_first_alone_speaks(alone, split, world):
+def test_fsdp_gives_the_losses_of_one_process_and_only_process_0_prints(alone, split, world):
     lines, (first, second) = split
     same_losses(lines, alone)
     assert "on 2 torch devices (CPU), mesh data=1 x fsdp=2, fp32" in first.stderr
@@ -78,23 +78,25 @@ def test_fsdp_gives_the_losses_of_one_process_and_the_first_alone_speaks(alone, 
             torch.testing.assert_close(ours[part][name], tensor, rtol=1e-4, atol=1e-5, msg=name)
 
 
-@slow
-@pytest.mark.parametrize("mesh", [mesh for mesh in MESHES if mesh != "2 fsdp"])
+@pytest.mark.parametrize(
+    "mesh",
+    ["2 data", "2 data x 2 fsdp", pytest.param("2 slices x 2 fsdp", marks=pytest.mark.nightly)],
+)
 def test_every_mesh_gives_the_losses_of_one_process(alone, world, mesh):
     count, overrides = MESHES[mesh]
     same_losses(train(world, "stage2", mesh, count, *overrides)[0], alone)
 
 
-def test_a_run_goes_on_with_the_same_bits_and_on_one_process(alone, split, world):
-    whole = world["folder"] / "split"
+def test_a_run_resumes_with_the_same_bits_and_on_one_process(alone, split, world):
+    complete = world["folder"] / "split"
     for name, count in (("resumed", 2), ("moved", 1)):
         folder = world["folder"] / name
-        shutil.copytree(whole, folder)
+        shutil.copytree(complete, folder)
         shutil.rmtree(folder / "checkpoints/step-00000020")
         lines, done = train(world, "stage2", name, count)
-        assert "from step 10" in done[0].stderr
+        assert "starting at step 10" in done[0].stderr
         same_losses(lines, alone)
-    same_bits(whole, world["folder"] / "resumed")
+    same_bits(complete, world["folder"] / "resumed")
 
 
 @slow
@@ -102,35 +104,35 @@ def test_a_run_goes_on_with_the_same_bits_and_on_one_process(alone, split, world
 def test_the_gan_step_gives_the_losses_of_one_process(world, mesh):
     count, overrides = MESHES[mesh]
     several = train(
-        world, "gan", f"gan {mesh}", count, *SMOOTH, *overrides, "training.sample_every=10"
+        world, "gan", f"gan {mesh}", count, *SMOOTH, *overrides, "training.sample_every=5"
     )[0]
     if not (world["folder"] / "gan").exists():
         train(world, "gan", "gan", 1, *SMOOTH)
     for one, other in zip(several, metrics(world["folder"] / "gan"), strict=True):
         for name in LOSSES:
             assert one[name] == pytest.approx(other[name], rel=1e-4), (one["step"], name)
-        # The gradients of the whole batch, and their ratio, not those of a process's rows; later
-        # on rounding decides on which side of their rectifiers pixels lie (see SMOOTH).
+        # Gradients of the global batch and their ratio, not those of one process's rows. In later
+        # steps rounding decides whether rectifiers pass single pixels (see SMOOTH).
         tolerance = 1e-5 if one["step"] == 1 else 0.05
         for name in ("train/grad_norm", "train/disc/grad_norm", "train/adaptive_weight"):
             assert one[name] == pytest.approx(other[name], rel=tolerance), (one["step"], name)
 
 
 @slow
-@pytest.mark.parametrize("phase", ["sharded", "whole"])
-def test_killed_in_the_middle_of_the_gan_it_goes_on_with_the_same_bits(world, phase):
-    overrides = ["training.steps=16"] + (["mesh.ici.data=2"] if phase == "whole" else [])
-    whole, folder = (world["folder"] / f"gan {phase} {n}" for n in ("at once", "in two"))
-    train(world, "gan", whole.name, 2, *overrides)
-    shutil.copytree(whole, folder)
+@pytest.mark.parametrize("state", ["sharded", "replicated"])
+def test_a_gan_run_resumes_with_the_same_bits(world, state):
+    overrides = ["training.steps=16"] + (["mesh.ici.data=2"] if state == "replicated" else [])
+    complete, folder = (world["folder"] / f"gan {state} {name}" for name in ("complete", "resumed"))
+    train(world, "gan", complete.name, 2, *overrides)
+    shutil.copytree(complete, folder)
     shutil.rmtree(folder / "checkpoints/step-00000016")
     _, done = train(world, "gan", folder.name, 2, *overrides)
-    assert "from step 14" in done[0].stderr
-    same_bits(whole, folder, step=16)
+    assert "starting at step 14" in done[0].stderr
+    same_bits(complete, folder, step=16)
 
 
 @slow
-def test_bf16_travels_and_gives_the_losses_of_one_process(world):
+def test_bf16_gives_the_losses_of_one_process(world):
     bf16 = ["runtime.precision=bf16"]
     one = train(world, "stage2", "bf16 alone", 1, *bf16)[0]
     # Label embeddings and partial sums of gradients are rounded to bf16 too.
@@ -140,29 +142,29 @@ def test_bf16_travels_and_gives_the_losses_of_one_process(world):
 @slow
 def test_accumulated_gradients_give_the_losses_of_one_process(alone, world):
     same_losses(
-        train(world, "stage2", "in parts", 2, "training.grad_accum_steps=2")[0], alone, rel=1e-3
+        train(world, "stage2", "accumulated", 2, "training.grad_accum_steps=2")[0], alone, rel=1e-3
     )
 
 
 @slow
-@pytest.mark.parametrize("remat", [0, 1])
+@pytest.mark.parametrize("remat", [0, pytest.param(1, marks=pytest.mark.nightly)])
 def test_compiled_blocks_change_no_number(alone, world, remat):
     settings = ["runtime.compile=true", "training.steps=4", "checkpoint.every_steps=4"]
     settings.append(f"runtime.remat={remat}")
     lines, _ = train(world, "stage2", f"compiled {remat}", 2, *settings)
     same_losses(lines, alone[:4])
-    # the encoder's, the encoder's of the transformer, its head's
+    # blocks of the encoder, of the transformer, and of its head
     assert {line["perf/compilations"] for line in lines} == {3}
 
 
 @slow
 def test_rematerialised_blocks_change_no_number(alone, world):
-    same_losses(train(world, "stage2", "forgetful", 2, "runtime.remat=1")[0], alone)
+    same_losses(train(world, "stage2", "rematerialised", 2, "runtime.remat=1")[0], alone)
 
 
 @slow
-def test_pictures_and_statistics_do_not_depend_on_the_processes(alone, world):
-    pictures, statistics = [], []
+def test_images_and_statistics_do_not_depend_on_the_processes(alone, world):
+    images, statistics = [], []
     for count in (1, 2):
         out = world["folder"] / f"samples-{count}"
         done = rae_xla_processes(
@@ -171,7 +173,7 @@ def test_pictures_and_statistics_do_not_depend_on_the_processes(alone, world):
         )  # fmt: skip
         assert [process.returncode for process in done] == [0] * count, done[0].stderr
         with np.load(out / "samples.npz") as arrays:
-            pictures.append(arrays["arr_0"].astype(int))
+            images.append(arrays["arr_0"].astype(int))
         out = world["folder"] / f"statistics-{count}.pt"
         done = rae_xla_processes(
             count, "stats", "--config", world["stage1"], "--data", world["shards"], "--out", out,
@@ -179,43 +181,42 @@ def test_pictures_and_statistics_do_not_depend_on_the_processes(alone, world):
         )  # fmt: skip
         assert [process.returncode for process in done] == [0] * count, done[0].stderr
         statistics.append(torch.load(out, weights_only=True))
-    assert np.abs(pictures[0] - pictures[1]).max() <= 1
+    assert np.abs(images[0] - images[1]).max() <= 1
     torch.testing.assert_close(*statistics, rtol=1e-5, atol=1e-6)
 
 
 @slow
-def test_reconstructions_are_measured_alike(world):
+def test_reconstruction_metrics_do_not_depend_on_the_processes(world):
     decoder = "stage_1.params.pretrained_decoder_path=" + re.search(
         r"pretrained_decoder_path: (.*)", world["stage2"].read_text()
     )[1]  # fmt: skip
-    said = []
+    metric_lines = []
     for count in (1, 2):
         done = rae_xla_processes(
             count, "evaluate", "recon", "--config", world["stage1"], "--data", world["shards"],
             "--metrics", "psnr", "ssim", "--num-images", 21, decoder,
         )  # fmt: skip
         assert [process.returncode for process in done] == [0] * count, done[0].stderr
-        said.append(re.findall(r"(?m)^ *(?:psnr|ssim) .*$", done[0].stdout))
+        metric_lines.append(re.findall(r"(?m)^ *(?:psnr|ssim) .*$", done[0].stdout))
         assert not any("psnr" in process.stdout for process in done[1:])
-    assert len(said[0]) == 2
-    assert said[0] == said[1]
+    assert len(metric_lines[0]) == 2
+    assert metric_lines[0] == metric_lines[1]
 
 
-def test_a_mesh_that_cannot_be_is_said_once(world):
+def test_an_impossible_mesh_is_reported_once(world):
     folder = world["folder"] / "impossible"
     done = rae_xla_processes(
         2, "train", "stage2", "--config", world["stage2"], "--results-dir", folder,
         "mesh.ici.tensor=2",
     )  # fmt: skip
     assert done[0].returncode == 2
-    said = [line for process in done for line in process.stderr.splitlines() if "rae-xla" in line]
-    assert len(said) == 1
-    assert re.search(r"mesh\.ici\.tensor is 2.*the xla backend does", said[0])
+    lines = [line for process in done for line in process.stderr.splitlines() if "rae-xla" in line]
+    assert len(lines) == 1
+    assert re.search(r"mesh\.ici\.tensor is 2.*xla backend", lines[0])
 
 
 @slow
 def test_torchrun_starts_a_run(alone, world):
-    """As a user would."""
     folder = world["folder"] / "torchrun"
     done = subprocess.run(
         [
@@ -230,8 +231,8 @@ def test_torchrun_starts_a_run(alone, world):
 
 
 @slow
-def test_what_one_process_alone_finds_is_said_by_it(world):
-    """Its shards are broken; the others are ended."""
+def test_an_error_of_one_process_is_reported_by_that_process(world):
+    """The shards of process 1 are broken; torchrun ends the others."""
     broken = world["folder"] / "broken"
     shutil.copytree(world["shards"], broken)
     (broken / "index.json").unlink()
@@ -246,6 +247,6 @@ def test_what_one_process_alone_finds_is_said_by_it(world):
         capture_output=True, text=True, timeout=300, env=environment(), check=False,
     )  # fmt: skip
     assert done.returncode != 0
-    said = [line for line in done.stderr.splitlines() if "rae-xla:" in line]
-    assert len(said) == 1
-    assert re.search(r"rae-xla: process 1: error: .*broken", said[0])
+    lines = [line for line in done.stderr.splitlines() if "rae-xla:" in line]
+    assert len(lines) == 1
+    assert re.search(r"rae-xla: process 1: error: .*broken", lines[0])

@@ -1,4 +1,4 @@
-"""The catalogue says what our configuration files and the hub's collection say."""
+"""The table of published models against our configuration files; downloads."""
 
 from __future__ import annotations
 
@@ -13,36 +13,35 @@ from fake_hub import serving
 from rae_xla.cli.main import main
 from rae_xla.config import load_config
 from rae_xla.errors import UserError
-from rae_xla.interop.published import (
+from rae_xla.interop.instantiate import instantiate
+from rae_xla.interop.published import fetch, published_config
+from rae_xla.models.decoder import DecoderConfig
+from rae_xla.models.pretrained.published import (
     AUTOENCODERS,
     COLLECTION,
     DIFFUSERS,
     ENCODER_FILES,
     GENERATORS,
     Denoiser,
-    fetch,
-    files_of,
-    names,
-    published_config,
+    published_files,
+    published_names,
 )
-from rae_xla.models.vit_decoder import DecoderConfig
-from rae_xla.registry import instantiate
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs/sampling").glob("*.yaml")))
-def test_a_generator_is_that_of_its_configuration_file(path, monkeypatch):
+def test_generators_match_the_configuration_files(path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    theirs = load_config(path)
-    ours = published_config(path.stem.replace("_", "-"))
-    decoders = [c.stage_1.params.pop("decoder_config_path") for c in (ours, theirs)]
-    assert ours == theirs
+    from_file = load_config(path)
+    from_table = published_config(path.stem.replace("_", "-"))
+    decoders = [c.stage_1.params.pop("decoder_config_path") for c in (from_table, from_file)]
+    assert from_table == from_file
     assert DecoderConfig.read(decoders[0]) == DecoderConfig.read(decoders[1])
 
 
 @pytest.mark.parametrize("name", AUTOENCODERS)
-def test_an_autoencoder_is_that_of_its_configuration_file(name):
+def test_autoencoders_match_the_configuration_files(name):
     file = name.removeprefix("rae-").replace("-", "_") + ".yaml"
     path = ROOT / "configs/stage1/pretrained" / file
     theirs = yaml.safe_load(path.read_text())["stage_1"]
@@ -54,18 +53,18 @@ def test_an_autoencoder_is_that_of_its_configuration_file(name):
     assert name in DIFFUSERS
 
 
-def test_every_name_has_files():
-    for name in names():
-        assert all(files_of(name).values())
+def test_every_published_name_has_files():
+    for name in published_names():
+        assert all(published_files(name).values())
     assert len(GENERATORS) == 6
     with pytest.raises(UserError, match="did you mean ditdh-xl-256"):
-        files_of("ditdh-xl-265")
-    with pytest.raises(UserError, match="no published generator"):
+        published_files("ditdh-xl-265")
+    with pytest.raises(UserError, match="not a published generator"):
         published_config("rae-mae-b-256")
 
 
 @pytest.mark.parametrize(("size", "millions"), [("S", 196), ("XL", 839)])
-def test_a_denoiser_has_as_many_parameters_as_was_published(size, millions):
+def test_denoisers_have_the_published_number_of_parameters(size, millions):
     spec = Denoiser(size, "").section(16) | {"ckpt": None}
     with torch.device("meta"):
         model = instantiate(spec)
@@ -74,15 +73,15 @@ def test_a_denoiser_has_as_many_parameters_as_was_published(size, millions):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """All that a guided generator is made of, each file with its path as its content."""
+    """A hub with the files of a guided generator; the content of a file is its path."""
     monkeypatch.chdir(tmp_path)
     with serving(monkeypatch, tmp_path) as hub:
-        for repository, paths in files_of("ditdh-xl-256-autoguidance").items():
+        for repository, paths in published_files("ditdh-xl-256-autoguidance").items():
             hub.add(repository, {path: path.encode() for path in (*paths, "more.bin")})
         yield hub
 
 
-def test_what_a_generator_is_made_of_is_downloaded(hub):
+def test_fetch_downloads_all_files_of_a_generator(hub):
     config = fetch(published_config("ditdh-xl-256-autoguidance"))
     rae, guide = config.stage_1.params, config.guidance.guidance_model
     files = [rae["pretrained_decoder_path"], rae["normalization_stat_path"]]
@@ -94,32 +93,32 @@ def test_what_a_generator_is_made_of_is_downloaded(hub):
     assert {path.name for path in encoder.iterdir()} == set(ENCODER_FILES)
 
 
-def test_a_file_that_is_here_is_not_downloaded(hub):
+def test_existing_files_are_not_downloaded(hub):
     config = published_config("ditdh-xl-256")
-    here = Path(config.stage_2.ckpt)
-    here.parent.mkdir(parents=True)
-    here.write_text("mine")
-    assert fetch(config).stage_2.ckpt == str(here)
+    existing = Path(config.stage_2.ckpt)
+    existing.parent.mkdir(parents=True)
+    existing.write_text("mine")
+    assert fetch(config).stage_2.ckpt == str(existing)
     assert not any("stage2_model.pt" in request for request in hub.requests)
 
 
-def test_pulled_files_lie_where_configurations_look(hub, tmp_path, capsys):
+def test_hub_pull_writes_the_paths_of_configurations(hub, tmp_path, capsys):
     assert main(["hub", "pull", "ditdh-xl-256-autoguidance", "--to", "models"]) == 0
-    said = capsys.readouterr().out
-    for path in files_of("ditdh-xl-256-autoguidance")[COLLECTION]:
+    output = capsys.readouterr().out
+    for path in published_files("ditdh-xl-256-autoguidance")[COLLECTION]:
         assert (tmp_path / "models" / path).read_text() == path
-        assert path in said
-    assert "7 files" in said
+        assert path in output
+    assert "7 files" in output
     assert main(["hub", "pull", "ditdh-xl-265"]) == 2
     assert "did you mean ditdh-xl-256" in capsys.readouterr().err
     assert main(["hub", "pull", "ditdh-xl-256", "--files", "*.pt"]) == 2
-    assert "go with a repository" in capsys.readouterr().err
+    assert "need a repository" in capsys.readouterr().err
     assert main(["hub", "list"]) == 0
     listed = capsys.readouterr().out
-    assert all(name in listed for name in (*names(), *DIFFUSERS.values()))
+    assert all(name in listed for name in (*published_names(), *DIFFUSERS.values()))
 
 
-def test_overrides_count():
+def test_overrides_of_a_published_configuration():
     config = published_config("ditdh-xl-256", ["guidance.scale=1.8", "sampler.mode=SDE"])
     assert config.guidance.scale == 1.8
     assert config.sampler.mode == "SDE"

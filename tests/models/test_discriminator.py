@@ -1,3 +1,5 @@
+"""Discriminator: golden values, published keys, its layers and errors."""
+
 from __future__ import annotations
 
 import copy
@@ -9,7 +11,7 @@ from golden_case import Case, load_case
 from torch import Tensor, nn
 
 from rae_xla.errors import UserError
-from rae_xla.models.dino_vit import RECIPES, DINOShape, DINOViT
+from rae_xla.models.dino_vit import RECIPES, DINOViT, DINOViTConfig
 from rae_xla.models.discriminator import (
     BatchNormLocal,
     CircularConv1d,
@@ -19,7 +21,7 @@ from rae_xla.models.discriminator import (
 )
 from rae_xla.models.gan_losses import hinge_d, vanilla_g
 
-pytestmark = pytest.mark.unhurried
+pytestmark = pytest.mark.slow
 
 KEYMAPS = ("S_8_ks9", "S_16_ks3", "B_16_ks3")
 
@@ -29,18 +31,18 @@ def golden(request) -> tuple[Case, DinoDiscriminator]:
     return load_disc_case(request.param), build_discriminator(request.param)
 
 
-def logits_close(found: Tensor, expected: Tensor) -> None:
-    """Relative to the largest: a norm over near-constant channels amplifies rounding."""
-    assert found.dtype == torch.float32
+def logits_close(actual: Tensor, expected: Tensor) -> None:
+    """Compare relative to the largest logit: norms of almost constant channels amplify rounding."""
+    assert actual.dtype == torch.float32
     bound = 2e-6 * expected.abs().max().item()
-    torch.testing.assert_close(found, expected, atol=bound, rtol=0)
+    torch.testing.assert_close(actual, expected, atol=bound, rtol=0)
 
 
 def tiny_backbone(width: int = 32) -> DINOViT:
-    return DINOViT(DINOShape(depth=2, embed_dim=width, num_heads=4, patch_size=56))
+    return DINOViT(DINOViTConfig(depth=2, embed_dim=width, num_heads=4, patch_size=56))
 
 
-# ----- the reference's numbers
+# ----- golden values
 
 
 def test_eval_mode(golden) -> None:
@@ -53,7 +55,7 @@ def test_eval_mode(golden) -> None:
         assert torch.equal(value, before[key])
 
 
-def test_gradient_that_reaches_the_generator(golden) -> None:
+def test_gradient_of_generator(golden) -> None:
     case, disc = golden
     disc.eval()
     images = case["in.fake"].clone().requires_grad_()
@@ -80,7 +82,7 @@ def test_train_step(golden) -> None:
     assert loss.item() == pytest.approx(case.meta["hinge_d_loss_train"], rel=1e-6)
     loss.backward()
     gradients = {key: parameter.grad for key, parameter in disc.named_parameters()}
-    # A bias before a norm over the same channel has no gradient but rounding.
+    # The gradient of a bias before a norm over the same channel is zero up to rounding.
     noise = 3e-7 * case.meta["grad_total_norm"]
     norms = {key: value.norm().item() for key, value in gradients.items()}
     assert norms == pytest.approx(case.meta["grad_norms"], rel=1e-4, abs=noise)
@@ -91,7 +93,7 @@ def test_train_step(golden) -> None:
             assert (gradients[key] - value).norm() < max(1e-4 * value.norm(), noise)
 
 
-def test_frozen_backbone_and_heads_apart(golden) -> None:
+def test_features_then_heads_equals_forward(golden) -> None:
     case, disc = golden
     disc.eval()
     with torch.no_grad():
@@ -101,7 +103,7 @@ def test_frozen_backbone_and_heads_apart(golden) -> None:
     assert logits.requires_grad
 
 
-def test_a_sample_does_not_depend_on_its_batch(golden) -> None:
+def test_sample_is_independent_of_batch(golden) -> None:
     case, disc = golden
     disc.eval()
     logits_close(disc(case["in.fake"][1:2]), case["out.eval_fake"][1:2])
@@ -111,7 +113,7 @@ def test_a_sample_does_not_depend_on_its_batch(golden) -> None:
 
 
 @pytest.mark.parametrize("name", KEYMAPS)
-def test_keys_and_shapes_are_the_published_ones(name: str) -> None:
+def test_keys_and_shapes_match_published_files(name: str) -> None:
     meta = load_case(f"keymaps/discriminator_{name}").meta
     config = dict(meta["config"])
     with torch.device("meta"):
@@ -126,15 +128,15 @@ def test_keys_and_shapes_are_the_published_ones(name: str) -> None:
     trained = sum(p.numel() for p in disc.parameters() if p.requires_grad)
     assert trained == meta["n_params"] == meta["n_params_requires_grad_by_default"]
     logits = disc(torch.empty(2, 3, 64, 64, device="meta"))
-    assert logits.shape == (2, 5 * disc.backbone.shape.num_tokens)
+    assert logits.shape == (2, 5 * disc.backbone.config.num_tokens)
 
 
 @pytest.mark.parametrize("name", DISCRIMINATORS)
-def test_order_of_keys(name: str) -> None:
+def test_key_order_matches_published_files(name: str) -> None:
     assert list(build_discriminator(name).state_dict()) == load_disc_case(name).meta["state_keys"]
 
 
-def test_the_backbone_is_no_part_of_the_discriminator() -> None:
+def test_backbone_is_not_a_submodule() -> None:
     backbone = tiny_backbone()
     disc = DinoDiscriminator(backbone)
     assert disc.backbone is backbone
@@ -146,16 +148,16 @@ def test_the_backbone_is_no_part_of_the_discriminator() -> None:
     assert copy.deepcopy(disc).backbone is not backbone
 
 
-def test_fewer_depths_than_the_default_needs() -> None:
+def test_default_key_depths_of_shallow_backbone() -> None:
     disc = DinoDiscriminator(tiny_backbone(), ks=3)  # of (2, 5, 8, 11) none is below 2
     assert len(disc.heads) == 1
     assert disc(torch.rand(2, 3, 32, 32)).shape == (2, 16)
 
 
-# ----- the parts
+# ----- layers
 
 
-def test_ring_convolution_is_torchs_circular_one() -> None:
+def test_circular_convolution_equals_pytorch() -> None:
     conv = CircularConv1d(4, 6, 5)
     reference = nn.Conv1d(4, 6, 5, padding=2, padding_mode="circular")
     reference.load_state_dict(conv.state_dict())
@@ -163,7 +165,7 @@ def test_ring_convolution_is_torchs_circular_one() -> None:
     torch.testing.assert_close(conv(x), reference(x))
 
 
-def test_spectral_convolution_is_torchs_spectral_norm() -> None:
+def test_spectral_convolution_equals_pytorch_spectral_norm() -> None:
     torch.manual_seed(0)
     conv = SpectralConv1d(4, 6, 3)
     plain = nn.Conv1d(4, 6, 3, padding=1, padding_mode="circular")
@@ -172,9 +174,9 @@ def test_spectral_convolution_is_torchs_spectral_norm() -> None:
     assert isinstance(conv, nn.Conv1d)
     x = torch.randn(2, 4, 11)
     for mode in (True, True, False):
-        found, expected = conv.train(mode)(x), reference.train(mode)(x)
-        torch.testing.assert_close(found, expected)
-        found.square().sum().backward()
+        actual, expected = conv.train(mode)(x), reference.train(mode)(x)
+        torch.testing.assert_close(actual, expected)
+        actual.square().sum().backward()
         expected.square().sum().backward()
     torch.testing.assert_close(
         conv.weight_orig.grad, reference.weight_orig.grad, atol=1e-4, rtol=1e-4
@@ -183,7 +185,7 @@ def test_spectral_convolution_is_torchs_spectral_norm() -> None:
     torch.testing.assert_close(conv.weight_v, reference.weight_v)
 
 
-def test_an_untrained_spectral_convolution_is_normalised() -> None:
+def test_untrained_spectral_convolution_is_normalised() -> None:
     torch.manual_seed(0)
     conv = SpectralConv1d(8, 8, 3).eval()
     with torch.device("meta"):
@@ -195,7 +197,7 @@ def test_an_untrained_spectral_convolution_is_normalised() -> None:
         assert sigma.item() == pytest.approx(torch.linalg.matrix_norm(matrix, 2).item(), rel=0.05)
 
 
-def test_two_train_forwards_before_a_backward() -> None:
+def test_two_train_forwards_before_backward() -> None:
     disc = DinoDiscriminator(tiny_backbone(), ks=3).train()
     first, second = disc(torch.rand(2, 3, 32, 32)), disc(torch.rand(2, 3, 32, 32))
     (first.sum() + second.sum()).backward()
@@ -206,9 +208,9 @@ def test_two_train_forwards_before_a_backward() -> None:
 def test_norms_are_float32_under_autocast(norm: nn.Module) -> None:
     x = torch.randn(2, 32, 7).bfloat16()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = norm(x)
-    assert found.dtype == torch.float32
-    assert torch.equal(found, norm(x.float()))
+        actual = norm(x)
+    assert actual.dtype == torch.float32
+    assert torch.equal(actual, norm(x.float()))
 
 
 def test_batch_norm_of_one_sample() -> None:
@@ -218,15 +220,15 @@ def test_batch_norm_of_one_sample() -> None:
     torch.testing.assert_close(norm(x), expected)
 
 
-def test_a_constant_channel_is_finite() -> None:
+def test_norm_of_constant_channel_is_finite() -> None:
     x = torch.full((1, 5, 20), 3.0, requires_grad=True)
-    found = BatchNormLocal(5)(x)
-    found.sum().backward()
-    assert torch.equal(found, torch.zeros_like(found))
+    actual = BatchNormLocal(5)(x)
+    actual.sum().backward()
+    assert torch.equal(actual, torch.zeros_like(actual))
     assert x.grad.isfinite().all()
 
 
-def test_spectral_vectors_keep_full_precision_under_autocast() -> None:
+def test_spectral_vectors_are_float32_under_autocast() -> None:
     case = load_disc_case("dinodisc_a")
     disc = build_discriminator("dinodisc_a").train()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -243,7 +245,7 @@ def test_images_of_512_pixels() -> None:
     assert disc(torch.rand(1, 3, 512, 512) * 2 - 1).shape == (1, 2 * 196)
 
 
-def test_compiles_without_a_graph_break() -> None:
+def test_compiles_without_graph_break() -> None:
     case, disc = load_disc_case("dinodisc_a"), build_discriminator("dinodisc_a").train()
     compiled = torch.compile(disc, fullgraph=True, backend="eager")
     with torch.no_grad():
@@ -251,19 +253,19 @@ def test_compiles_without_a_graph_break() -> None:
         logits_close(compiled(case["in.real"]), case["out.train_real"])
 
 
-# ----- what is refused, and how
+# ----- errors
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"norm_type": "ln"}, "norm_type: there is no 'ln'; choose one of bn, gn"),
+        ({"norm_type": "ln"}, "norm_type: unknown norm 'ln'; choose one of bn, gn"),
         ({"ks": 4}, "ks must be an odd kernel size of at most 33 tokens, got 4"),
         ({"ks": 35}, "ks must be an odd kernel size of at most 33 tokens, got 35"),
         ({"ks": -1}, "ks must be an odd kernel size"),
-        ({"norm_type": "gn"}, "32 groups, which do not divide the backbone's 48 channels"),
+        ({"norm_type": "gn"}, "multiple of 32 channels, and the backbone has 48"),
     ],
 )
-def test_impossible_settings_are_refused(changes, message: str) -> None:
+def test_invalid_settings_raise(changes, message: str) -> None:
     with pytest.raises(UserError, match=message):
         DinoDiscriminator(tiny_backbone(48), **changes)

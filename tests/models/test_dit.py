@@ -1,4 +1,4 @@
-"""LightningDiT against the reference numbers, its key map, its initialisation and its options."""
+"""LightningDiT: golden values, key map, initialisation, options and errors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def build(case: Case) -> LightningDiT:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_forward_and_gradients_give_the_reference_numbers(name: str) -> None:
+def test_forward_and_gradients_match_golden_values(name: str) -> None:
     case = load_case(f"stage2/{name}")
     model = build(case)
     out = model(case["in.x"], case["in.t"], case["in.y"])
@@ -37,19 +37,19 @@ def test_forward_and_gradients_give_the_reference_numbers(name: str) -> None:
     loss.backward()
     norms = {k: p.grad.norm().item() for k, p in model.named_parameters() if p.grad is not None}
     assert loss.item() == pytest.approx(case.meta["loss"], rel=1e-5)
-    # Without RoPE a key bias has no effect on attention: its gradient is rounding, about 1e-9.
+    # Without RoPE a key bias does not affect attention: its gradient is rounding, about 1e-9.
     assert norms == pytest.approx(case.meta["grad_norms"], rel=1e-3, abs=1e-8)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_position_table_is_the_published_one(name: str) -> None:
+def test_position_table_matches_published_file(name: str) -> None:
     case = load_case(f"stage2/{name}")
     table = LightningDiT(**case.meta["config"]).pos_embed
     assert not table.requires_grad
     torch.testing.assert_close(table.data, case["init.pos_embed"], atol=1e-6, rtol=0)
 
 
-def test_key_map_of_the_defaults_is_the_published_one() -> None:
+def test_default_key_map_matches_published_file() -> None:
     meta = load_case("keymaps/LightningDiT-XL_defaults").meta
     with torch.device("meta"):
         model = LightningDiT()
@@ -75,7 +75,7 @@ def test_key_map_of_the_defaults_is_the_published_one() -> None:
         {"class_dropout_prob": 0.0},
     ],
 )
-def test_every_option_runs_and_trains(options: dict[str, object]) -> None:
+def test_options_run_and_train(options: dict[str, object]) -> None:
     torch.manual_seed(0)
     model = LightningDiT(**(TINY | options)).train()
     for parameter in model.parameters():
@@ -89,7 +89,7 @@ def test_every_option_runs_and_trains(options: dict[str, object]) -> None:
     assert without == []
 
 
-def test_initialisation_is_xavier_with_a_zero_answer() -> None:
+def test_initialisation_is_xavier_with_zero_output() -> None:
     torch.manual_seed(0)
     model = LightningDiT(**TINY).eval()
     linears = {k: m for k, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
@@ -107,7 +107,7 @@ def test_initialisation_is_xavier_with_a_zero_answer() -> None:
     assert not model(x, torch.rand(2), torch.tensor([0, 1])).any()
 
 
-def test_bad_sizes_and_inputs_are_refused() -> None:
+def test_invalid_sizes_and_inputs_raise() -> None:
     with pytest.raises(UserError, match="patch_size 3"):
         LightningDiT(**(TINY | {"patch_size": 3}))
     model = LightningDiT(**TINY)

@@ -1,4 +1,4 @@
-"""DiTDH against the reference numbers, its key maps, its options and its errors."""
+"""DiTDH: golden values, key maps, initialisation, options and errors."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def build(case: Case, prefix: str = "") -> DiTDH:
 
 
 def random_model(**options: object) -> DiTDH:
-    """A tiny model with its zero-initialised layers filled, so that nothing hides behind a zero."""
+    """Build a tiny model with random values in the layers that are initialised to zero."""
     torch.manual_seed(0)
     model = DiTDH(**(TINY | options))
     for parameter in model.parameters():
@@ -44,14 +44,14 @@ def inputs(batch: int = 4) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", WITH_GRADIENTS + FORWARD_ONLY)
-def test_forward_gives_the_reference_numbers(name: str) -> None:
+def test_forward_matches_golden_values(name: str) -> None:
     case = load_case(f"stage2/{name}")
     out = build(case)(case["in.x"], case["in.t"], case["in.y"])
     torch.testing.assert_close(out, case["out.forward"], atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", WITH_GRADIENTS)
-def test_gradients_have_the_reference_norms(name: str) -> None:
+def test_gradient_norms_match_golden_values(name: str) -> None:
     case = load_case(f"stage2/{name}")
     model = build(case)
     out = model(case["in.x"], case["in.t"], case["in.y"])
@@ -63,7 +63,7 @@ def test_gradients_have_the_reference_norms(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", WITH_GRADIENTS)
-def test_guide_model_gives_the_reference_numbers(name: str) -> None:
+def test_guide_model_matches_golden_values(name: str) -> None:
     case = load_case(f"stage2/{name}")
     out = build(case, "guide_")(case["in.x"], case["in.t"], case["in.y"])
     torch.testing.assert_close(out, case["out.guide_forward"], atol=2e-5, rtol=1e-4)
@@ -71,7 +71,7 @@ def test_guide_model_gives_the_reference_numbers(name: str) -> None:
 
 @pytest.mark.parametrize("name", WITH_GRADIENTS)
 @pytest.mark.parametrize("divisor", [1, 4])
-def test_given_s_bypasses_the_encoder(name: str, divisor: int) -> None:
+def test_given_s_bypasses_encoder(name: str, divisor: int) -> None:
     case = load_case(f"stage2/{name}")
     model = build(case)
     s = case[f"in.s_div{divisor}"]
@@ -81,7 +81,7 @@ def test_given_s_bypasses_the_encoder(name: str, divisor: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["DiTDH-S_in16", "DiTDH-S_in32", "DiTDH-XL_in16", "DiTDH-XL_in32"])
-def test_key_map_is_the_published_one(name: str) -> None:
+def test_key_map_matches_published_file(name: str) -> None:
     meta = load_case(f"keymaps/{name}").meta
     with torch.device("meta"):
         model = DiTDH(**meta["config"])
@@ -97,7 +97,7 @@ def test_key_map_is_the_published_one(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", WITH_GRADIENTS)
-def test_position_table_is_the_published_one(name: str) -> None:
+def test_position_table_matches_published_file(name: str) -> None:
     case = load_case(f"stage2/{name}")
     table = DiTDH(**case.meta["config"]).pos_embed
     torch.testing.assert_close(table.data, case["init.pos_embed"], atol=1e-6, rtol=0)
@@ -118,13 +118,13 @@ def test_initialisation() -> None:
     assert weights["t_embedder.W"].std().item() == pytest.approx(1, rel=0.15)
     for name in ("t_embedder.mlp.0", "t_embedder.mlp.2", "y_embedder.embedding_table"):
         assert weights[f"{name}.weight"].std().item() == pytest.approx(0.02, rel=0.2), name
-    # The others keep torch's default, uniform within 1/sqrt(fan in), bias included.
+    # The others have PyTorch's default, uniform within 1/sqrt(fan_in), including the bias.
     for part in ("weight", "bias"):
         largest = weights[f"blocks.0.attn.qkv.{part}"].abs().max()
         assert 0.9 * 32**-0.5 < largest <= 32**-0.5
 
 
-def test_weights_and_tables_are_whole_after_the_meta_device() -> None:
+def test_init_weights_after_meta_device() -> None:
     with torch.device("meta"):
         model = DiTDH(**TINY)
     model.to_empty(device="cpu")
@@ -142,25 +142,25 @@ def test_weights_and_tables_are_whole_after_the_meta_device() -> None:
     "options",
     [{"use_rope": False}, {"wo_shift": True}, {"use_pos_embed": False}, {"use_qknorm": True}],
 )
-def test_every_option_runs_and_trains(options: dict[str, object]) -> None:
+def test_options_run_and_train(options: dict[str, object]) -> None:
     model = random_model(**options).train()
     model(*inputs()).square().mean().backward()
     without = [k for k, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert without == []
 
 
-def test_coarser_encoder_patches_work_with_a_given_s_only() -> None:
+def test_coarse_encoder_patches_require_given_s() -> None:
     model = random_model(patch_size=[2, 1])
     x, t, y = inputs()
     s = torch.randn(4, 4, 32)
     coarse = model(x, t, y, s=s)
     assert coarse.shape == x.shape
     torch.testing.assert_close(coarse, model(x, t, y, s=s.repeat_interleave(4, dim=1)))
-    with pytest.raises(UserError, match="patch_size is 2"):
+    with pytest.raises(UserError, match="patch size of 2"):
         model(x, t, y)
 
 
-def test_label_drop_gives_the_null_label_and_eval_draws_nothing() -> None:
+def test_label_drop_selects_null_label_only_in_train_mode() -> None:
     model = random_model(class_dropout_prob=0.5)
     x, t, y = inputs(64)
     drop = torch.arange(64) % 3 == 0
@@ -170,14 +170,14 @@ def test_label_drop_gives_the_null_label_and_eval_draws_nothing() -> None:
     torch.testing.assert_close(given, torch.where(drop[:, None, None, None], null, plain))
 
     torch.manual_seed(3)
-    drawn = model(x, t, y)
+    generated = model(x, t, y)
     torch.manual_seed(3)
     expected = model(x, t, y, label_drop=torch.rand(64) < 0.5)
-    assert torch.equal(drawn, expected)
+    assert torch.equal(generated, expected)
 
 
 def test_blocks_are_called_with_tensors_only() -> None:
-    """What passes that wrap ``blocks[i]`` (rematerialise, scan) rely on."""
+    # Passes that wrap ``blocks[i]`` (rematerialisation, scan) rely on it.
     model = random_model()
     seen = []
     for block in model.blocks:
@@ -193,7 +193,7 @@ def test_blocks_are_called_with_tensors_only() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"patch_size": 2}, "patch_size: 2: the head"),
+        ({"patch_size": 2}, "patch_size: the head .*got 2"),
         ({"patch_size": [1, 2]}, "the head"),
         ({"hidden_size": [32, 48, 64]}, r"hidden_size: expected \[encoder, head\]"),
         ({"num_heads": [5, 4]}, "hidden_size 32 is not divisible by num_heads 5"),
@@ -201,17 +201,17 @@ def test_blocks_are_called_with_tensors_only() -> None:
         ({"hidden_size": [30, 48], "num_heads": [5, 4], "use_rope": False}, "multiple of 4"),
     ],
 )
-def test_impossible_sizes_are_refused(options: dict[str, object], message: str) -> None:
+def test_invalid_sizes_raise(options: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         DiTDH(**(TINY | options))
 
 
-def test_bad_inputs_are_refused() -> None:
+def test_invalid_inputs_raise() -> None:
     model = random_model().eval()
     x, t, y = inputs()
     with pytest.raises(UserError, match=r"\(8, 4, 4\).*got \(8, 8, 8\)"):
         model(torch.zeros(4, 8, 8, 8), t, y)
     with pytest.raises(UserError, match=r"label is outside 0\.\.5"):
         model(x, t, y + 5)
-    with pytest.raises(UserError, match="3 tokens cannot be spread over 16"):
+    with pytest.raises(UserError, match="3 tokens does not fit 16"):
         model(x, t, y, s=torch.zeros(4, 3, 32))

@@ -1,3 +1,5 @@
+"""Adversarial losses against golden values."""
+
 from __future__ import annotations
 
 import pytest
@@ -25,7 +27,7 @@ def test_generator_loss() -> None:
 
 
 @pytest.mark.parametrize("name", DISCRIMINATOR_LOSSES)
-def test_logits_in_bfloat16_are_judged_in_float32(name: str) -> None:
+def test_bfloat16_logits_give_float32_loss(name: str) -> None:
     real, fake = (LOSSES[f"in.logits_{kind}"].bfloat16() for kind in ("real", "fake"))
     loss = DISCRIMINATOR_LOSSES[name](real, fake)
     assert loss.dtype == torch.float32
@@ -34,7 +36,7 @@ def test_logits_in_bfloat16_are_judged_in_float32(name: str) -> None:
 
 
 def gradients(row: dict) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of the recorded toy losses with respect to its last weight."""
+    """Return gradients of the recorded toy losses w.r.t. the last weight."""
     weight = BALANCE["in.weight"].clone().requires_grad_()
     out = F.linear(BALANCE["in.h"], weight, BALANCE["in.bias"])
     recon = (out - BALANCE["in.target"]).abs().mean()

@@ -1,4 +1,4 @@
-"""The networks of stage 1's losses on XLA: the numbers of plain torch, no op that falls back."""
+"""Networks of the stage 1 losses on XLA: CPU results, without fallback to the host."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from gan_cases import build_discriminator, build_lpips, load_disc_case
 from torch import Tensor
 
 from rae_xla.models.diffaug import diff_augment
+from rae_xla.models.dino_vit import DINOViT, DINOViTConfig
 from rae_xla.models.discriminator import DinoDiscriminator
 from rae_xla.models.gan_losses import DISCRIMINATOR_LOSSES, adaptive_weight, vanilla_g
 from rae_xla.models.lpips import LPIPS
@@ -20,16 +21,16 @@ pytestmark = pytest.mark.xla
 
 
 def on_xla(compute: Callable[[torch.device], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Results of ``compute`` on the XLA device, which must not fall back to the host."""
+    """Return the results of ``compute`` on the XLA device; assert that no op falls back."""
     from torch_xla.debug import metrics
 
-    # First of all: autograd counts the devices once, at the first backward of the process.
+    # Before any backward pass, because autograd counts the devices once per process.
     device = torch_xla.device()
     metrics.clear_all()
-    found = compute(device)
+    actual = compute(device)
     torch_xla.sync()
     assert [name for name in metrics.counter_names() if name.startswith("aten::")] == []
-    return {key: value.detach().cpu() for key, value in found.items()}
+    return {key: value.detach().cpu() for key, value in actual.items()}
 
 
 def leaf(images: Tensor, device: torch.device) -> Tensor:
@@ -37,13 +38,13 @@ def leaf(images: Tensor, device: torch.device) -> Tensor:
 
 
 def check(compute: Callable[[torch.device], dict[str, Tensor]], *, relative: float) -> None:
-    """The device's results are the host's, each to ``relative`` of its largest value."""
-    found = on_xla(compute)
+    """Compare XLA with the CPU, with tolerance ``relative`` times the largest value."""
+    actual = on_xla(compute)
     expected = compute(torch.device("cpu"))
-    assert found.keys() == expected.keys()
+    assert actual.keys() == expected.keys()
     for key, value in expected.items():
         bound = relative * max(value.abs().max().item(), 1e-6)
-        torch.testing.assert_close(found[key], value.detach(), atol=bound, rtol=0)
+        torch.testing.assert_close(actual[key], value.detach(), atol=bound, rtol=0)
 
 
 @pytest.mark.parametrize("blind", [False, True], ids=["", "no features"])
@@ -56,8 +57,8 @@ def test_lpips(blind: bool) -> None:
 
     def compute(device: torch.device) -> dict[str, Tensor]:
         network: LPIPS = copy.deepcopy(lpips).to(device)
-        # Of `a` two pixels under one max-pool are equal but for rounding: torch's own float32
-        # gradient is 1e-3 off its float64 one there (XLA's is 3e-6 off). `b` has no such pair.
+        # In `a` two pixels of one max-pool window are equal up to rounding: there PyTorch's float32
+        # gradient differs from its float64 gradient by 1e-3 (XLA's by 3e-6). `b` has no such pair.
         images = leaf(case["in.b"], device)
         distance = network(images, case["in.a"].to(device))
         distance.mean().backward()
@@ -68,7 +69,7 @@ def test_lpips(blind: bool) -> None:
 
 
 def test_discriminator_step() -> None:
-    """What the discriminator learns from, and the vectors that advance meanwhile."""
+    """The discriminator's gradients, and its updated singular vectors."""
     case, disc = load_disc_case("dinodisc_a"), build_discriminator("dinodisc_a").train()
 
     def compute(device: torch.device) -> dict[str, Tensor]:
@@ -81,7 +82,7 @@ def test_discriminator_step() -> None:
         fake, real = (network.heads_forward(taps) for taps in features)
         loss = DISCRIMINATOR_LOSSES["hinge"](real, fake)
         loss.backward()
-        # A bias that a norm takes away again has no gradient but rounding.
+        # The gradient of a bias that a norm removes is zero up to rounding.
         gradients = {
             key: parameter.grad
             for key, parameter in network.named_parameters()
@@ -95,7 +96,7 @@ def test_discriminator_step() -> None:
 
 def test_heads_with_group_norm() -> None:
     disc = build_discriminator("dinodisc_b_gn")
-    width = disc.backbone.shape.embed_dim
+    width = disc.backbone.config.embed_dim
     tokens = torch.randn(2, 9, width, generator=torch.Generator().manual_seed(0))
 
     def compute(device: torch.device) -> dict[str, Tensor]:
@@ -110,16 +111,20 @@ def test_heads_with_group_norm() -> None:
 
 
 def test_generator_loss() -> None:
-    """What the decoder learns from: augmented images, judged in eval mode."""
-    case, disc = load_disc_case("dinodisc_a"), build_discriminator("dinodisc_a").eval()
-    generator = torch.Generator().manual_seed(0)
-    flags = torch.rand(3, generator=generator)
-    draws = torch.rand(len(case["in.fake"]), 7, generator=generator)
+    """The decoder's gradient through augmentation and the discriminator in eval mode."""
+    # A narrow backbone with small patches: without XLA's optimisations, which test runs disable,
+    # the gradient of the patch embedding's convolution is a plain loop, and the recorded backbone's
+    # takes minutes.
+    torch.manual_seed(0)
+    backbone = DINOViT(DINOViTConfig(depth=2, embed_dim=8, num_heads=2, patch_size=8))
+    disc = DinoDiscriminator(backbone).eval()
+    fake = load_disc_case("dinodisc_a")["in.fake"][:2]
+    flags, draws = torch.rand(3), torch.rand(len(fake), 7)
 
     def compute(device: torch.device) -> dict[str, Tensor]:
         network: DinoDiscriminator = copy.deepcopy(disc).to(device)
         network.backbone.to(device)
-        images = leaf(case["in.fake"], device)
+        images = leaf(fake, device)
         seen = diff_augment(images, flags.to(device), draws.to(device), prob=1.0, cutout=0.2)
         loss = vanilla_g(network(seen))
         (gradient,) = torch.autograd.grad(loss, images)
@@ -138,15 +143,15 @@ def test_diff_augment(key: str) -> None:
         images = leaf(case["in.x"], device)
         flags = case[f"in.rand3.{key}"].to(device)
         draws = case[f"in.rand7.{key}"].flatten(1).T.to(device)
-        found = diff_augment(images, flags, draws, prob=row["prob"], cutout=row["cutout"])
-        (found * case["in.grad_weight"].to(device)).sum().backward()
+        actual = diff_augment(images, flags, draws, prob=row["prob"], cutout=row["cutout"])
+        (actual * case["in.grad_weight"].to(device)).sum().backward()
         assert images.grad is not None
-        return {"images": found, "gradient": images.grad}
+        return {"images": actual, "gradient": images.grad}
 
     check(compute, relative=1e-6)
 
 
-def test_another_draw_compiles_nothing() -> None:
+def test_other_random_numbers_do_not_recompile() -> None:
     from torch_xla.debug import metrics
 
     device = torch_xla.device()

@@ -1,4 +1,4 @@
-"""The RAE on XLA: the numbers of plain torch, and no op that falls back to the host."""
+"""RAE on XLA: CPU results, without fallback to the host."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ pytestmark = pytest.mark.xla
 
 
 def step(rae: RAE, images: Tensor, level: Tensor, normal: Tensor) -> dict[str, Tensor]:
-    """One train-mode reconstruction and its backward: latents, images and every gradient."""
+    """Run a reconstruction and its backward pass; return latents, images and gradients."""
     latents = rae.encode(images, (level, normal))
-    found = rae.decode(latents)
-    found.square().mean().backward()
+    actual = rae.decode(latents)
+    actual.square().mean().backward()
     grads = {k: p.grad for k, p in rae.named_parameters() if p.grad is not None}
-    return {"latents": latents, "images": found.detach()} | grads
+    return {"latents": latents, "images": actual.detach()} | grads
 
 
 @pytest.mark.parametrize("name", ["dinov2", "siglip2", "mae"])
-def test_train_step_on_xla_equals_torch_without_a_fallback(name: str) -> None:
+def test_train_step_equals_cpu_without_fallback(name: str) -> None:
     from torch_xla.debug import metrics
 
-    # First of all: autograd counts the devices once, at the first backward of the process.
+    # Before any backward pass, because autograd counts the devices once per process.
     device = torch_xla.device()
     rae = build_rae(name, noise_tau=0.8).train()
     generator = torch.Generator().manual_seed(0)
@@ -43,16 +43,16 @@ def test_train_step_on_xla_equals_torch_without_a_fallback(name: str) -> None:
 
     rae.to(device)
     metrics.clear_all()
-    found = step(rae, *(value.to(device) for value in inputs))
+    actual = step(rae, *(value.to(device) for value in inputs))
     torch_xla.sync()
     fallbacks = [counter for counter in metrics.counter_names() if counter.startswith("aten::")]
     assert fallbacks == []
-    assert found.keys() == expected.keys()
-    found = {key: value.cpu() for key, value in found.items()}
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert actual.keys() == expected.keys()
+    actual = {key: value.cpu() for key, value in actual.items()}
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_more_tokens_than_the_decoder_has_on_xla() -> None:
+def test_more_tokens_than_decoder_grid_on_xla() -> None:
     from torch_xla.debug import metrics
 
     device = torch_xla.device()
@@ -62,13 +62,13 @@ def test_more_tokens_than_the_decoder_has_on_xla() -> None:
         expected = rae.decode(latents)
         rae.to(device)
         metrics.clear_all()
-        found = rae.decode(latents.to(device))
+        actual = rae.decode(latents.to(device))
         torch_xla.sync()
     assert [name for name in metrics.counter_names() if name.startswith("aten::")] == []
-    torch.testing.assert_close(found.cpu(), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(actual.cpu(), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_a_second_call_compiles_nothing() -> None:
+def test_second_call_does_not_recompile() -> None:
     from torch_xla.debug import metrics
 
     device = torch_xla.device()

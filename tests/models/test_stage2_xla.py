@@ -1,4 +1,4 @@
-"""The stage-2 models on XLA: the numbers of plain torch, and no op that falls back to the host."""
+"""Diffusion transformers on XLA: CPU results, without fallback to the host."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ MODELS = {
 
 
 def step(model: nn.Module, *inputs: torch.Tensor) -> dict[str, torch.Tensor]:
-    """One train-mode forward and backward: the output and every gradient."""
+    """Run a forward and a backward pass; return the output and the gradients."""
     x, t, y, drop, target = inputs
     out = model(x, t, y, label_drop=drop)
     (out - target).square().mean().backward()
@@ -43,10 +43,10 @@ def step(model: nn.Module, *inputs: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_forward_and_backward_on_xla_equal_torch_without_a_fallback(name: str) -> None:
+def test_forward_and_backward_equal_cpu_without_fallback(name: str) -> None:
     from torch_xla.debug import metrics
 
-    # First of all: autograd counts the devices once, at the first backward of the process.
+    # Before any backward pass, because autograd counts the devices once per process.
     device = torch_xla.device()
     torch.manual_seed(0)
     model = MODELS[name]().train()
@@ -64,10 +64,10 @@ def test_forward_and_backward_on_xla_equal_torch_without_a_fallback(name: str) -
 
     model.to(device)
     metrics.clear_all()
-    found = step(model, *(value.to(device) for value in inputs))
+    actual = step(model, *(value.to(device) for value in inputs))
     torch_xla.sync()
     fallbacks = [counter for counter in metrics.counter_names() if counter.startswith("aten::")]
     assert fallbacks == []
-    assert found.keys() == expected.keys()
-    found = {key: value.cpu() for key, value in found.items()}
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert actual.keys() == expected.keys()
+    actual = {key: value.cpu() for key, value in actual.items()}
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)

@@ -1,3 +1,5 @@
+"""Meshes that fit the devices of a run, and meshes that do not."""
+
 from types import SimpleNamespace
 
 import pytest
@@ -26,7 +28,7 @@ def test_a_mesh_covers_every_device(sizes, devices, shape):
     mesh = resolve_mesh(settings(**sizes), devices)
     assert (mesh.data, mesh.fsdp, mesh.tensor, mesh.slices) == shape
     assert mesh.size == devices
-    assert mesh.batch_parts * mesh.tensor == devices
+    assert mesh.batch_shards * mesh.tensor == devices
     assert list(mesh.axis_sizes) == ["data", "fsdp", "tensor"]
     assert mesh.axis_sizes["data"] == mesh.data * mesh.slices
 
@@ -34,21 +36,21 @@ def test_a_mesh_covers_every_device(sizes, devices, shape):
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"fsdp": 3}, "does not make the 4 devices"),
-        ({"data": 3}, "does not make"),
+        ({"fsdp": 3}, "does not match the 4 devices"),
+        ({"data": 3}, "does not match"),
         ({"data": -1}, r"mesh\.ici\.data and mesh\.ici\.fsdp are both -1"),
-        ({"data": 0, "fsdp": 4}, "does not make"),
-        ({"data": 2, "fsdp": 4}, "does not make"),
+        ({"data": 0, "fsdp": 4}, "does not match"),
+        ({"data": 2, "fsdp": 4}, "does not match"),
         ({"tensor": 8}, "tensor=8"),
         ({"slices": 3}, r"dcn\.data=3"),
     ],
 )
-def test_a_mesh_that_does_not_is_refused(sizes, message):
+def test_a_mesh_that_does_not_fit_is_refused(sizes, message):
     with pytest.raises(ValueError, match=message):
         resolve_mesh(settings(**sizes), 4)
 
 
-def test_a_mesh_says_what_it_is():
+def test_a_mesh_as_text():
     assert str(resolve_mesh(settings(), 4)) == "data=1 x fsdp=4"
-    whole = resolve_mesh(settings(tensor=2, slices=2), 16)
-    assert str(whole) == "2 slices of data=1 x fsdp=4 x tensor=2"
+    several_slices = resolve_mesh(settings(tensor=2, slices=2), 16)
+    assert str(several_slices) == "2 slices of data=1 x fsdp=4 x tensor=2"

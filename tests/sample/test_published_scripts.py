@@ -1,4 +1,4 @@
-"""What the reference's own scripts made of tiny random weights: latents, PNGs, sample sets."""
+"""Golden tests of the published sampling scripts with tiny random weights."""
 
 import math
 
@@ -12,12 +12,12 @@ from rae_cases import rae_arguments
 from torch.testing import assert_close
 
 from rae_xla.config import load_config
-from rae_xla.config.sections import MeshConfig, RuntimeConfig
+from rae_xla.config.schema import MeshConfig, RuntimeConfig
 from rae_xla.data.transforms import center_crop
 from rae_xla.runtime import start
-from rae_xla.sample.generate import load_sampler
-from rae_xla.sample.pictures import to_pixels, to_unit
+from rae_xla.sample.images import to_pixels, to_unit
 from rae_xla.sample.reconstruct import find_images, make_reconstruct
+from rae_xla.sample.sampler import load_sampler
 
 FOLDER = GOLDEN / "e2e/sample_py"
 LATENTS = {"rtol": 1e-4, "atol": 2e-5}
@@ -25,14 +25,14 @@ ROWS = [row["name"] for row in load_case("e2e/sample_py/golden").meta["rows"]]
 
 
 def sampler_of(folder, meta, guidance, sampler, ckpt="stage2_raw.pt"):
-    """The sampler of a recorded run, whose transport was the default one."""
+    """Build the sampler of a recorded run, which used the default transport."""
     guidance = dict(guidance)
     guide = guidance.get("guidance_model")
     if guide:
         guidance["guidance_model"] = guide | {"ckpt": str(FOLDER / guide["ckpt"])}
     misc = meta["misc"]
     shift = misc["time_dist_shift_dim"] / misc["time_dist_shift_base"]
-    # a shift is chosen by the base alone; the scripts let one contradict the latents' size
+    # Here the base alone sets the shift; the scripts also accept one that contradicts the latents.
     misc = {"time_dist_shift_base": math.prod(misc["latent_size"]) / shift}
     path = folder / "run.yaml"
     path.write_text(
@@ -58,13 +58,13 @@ def sampler_of(folder, meta, guidance, sampler, ckpt="stage2_raw.pt"):
 
 
 def tiles(images):
-    """``torchvision.utils.save_image`` of a row of pictures: rounded, two black pixels between."""
+    """Lay out a row of images as ``torchvision.utils.save_image``: rounded, 2 pixels apart."""
     pixels = to_pixels(images, rounding=True).numpy()
     height, width = pixels.shape[1:3]
     sheet = np.zeros((height + 4, len(pixels) * (width + 2) + 2, 3), np.uint8)
-    for i, picture in enumerate(pixels):
+    for i, image in enumerate(pixels):
         left = 2 + i * (width + 2)
-        sheet[2 : 2 + height, left : left + width] = picture
+        sheet[2 : 2 + height, left : left + width] = image
     return sheet
 
 
@@ -73,16 +73,15 @@ def test_sample_py(name, tmp_path):
     case = load_case("e2e/sample_py/golden")
     [row] = [row for row in case.meta["rows"] if row["name"] == name]
     guidance = dict(row["guidance"])
-    if name == "cfg_dashed_interval":  # the script did not read the dashed spelling; we do
+    if name == "cfg_dashed_interval":  # the script ignored the dashed spelling; we do not
         guidance = {"method": "cfg", "scale": 2.5}
     sampler = sampler_of(tmp_path, case.meta, guidance, row["sampler"], row["ckpt"])
     noise, labels = case[f"in.z.{name}"], case[f"in.y.{name}"]
-    half = len(noise) // 2  # the rest is a copy, with the null label
-    if row["sampler"]["params"]["sampling_method"] != "dopri5":  # which steps by the whole batch
+    half = len(noise) // 2  # the second half is a copy with the null label
+    if row["sampler"]["params"]["sampling_method"] != "dopri5":  # its steps depend on the batch
         noise, labels = noise[:half], labels[:half]
     recorded = case.tensors.get(f"in.sde_noise.{name}")
-    # Of the one adaptive run, the last bits decide which steps are taken, and so what is left of
-    # error: see the next test.
+    # In the adaptive run, rounding decides which steps are taken: see the next test.
     adaptive = row["sampler"]["params"]["sampling_method"] == "dopri5"
     with torch.no_grad():
         latents = sampler.denoise(
@@ -90,16 +89,17 @@ def test_sample_py(name, tmp_path):
         )
         tolerance = {"rtol": 0, "atol": 0.1} if adaptive else LATENTS
         assert_close(latents[:half], case[f"out.latent.{name}"][:half], **tolerance)
-        made = tiles(sampler._rae.decode(latents[:half])).astype(int)
-    difference = np.abs(made - case[f"out.png.{name}"].numpy()[:, : made.shape[1]])
+        tiled = tiles(sampler._rae.decode(latents[:half])).astype(int)
+    difference = np.abs(tiled - case[f"out.png.{name}"].numpy()[:, : tiled.shape[1]])
     exact = row["sampler"]["mode"] == "ODE" and not adaptive
     assert difference.max() <= (0 if exact else 1)
 
 
-def test_the_adaptive_run_of_sample_py_is_as_exact_as_ours(tmp_path):
-    """dopri5 accepts or repeats a step of this run by the last bits of the field: noise that
-    differs by 1e-7 makes it take others, and ends as far away as the recorded end is. All ends,
-    the recorded one too, are equally far from the one that a tighter tolerance gives.
+def test_adaptive_run_of_sample_py_has_the_same_error(tmp_path):
+    """The recorded result is as close to a tighter tolerance's result as ours.
+
+    The last bits of the vector field decide whether dopri5 accepts a step of this run. Noise that
+    differs by 1e-7 leads to other steps and to results that differ as much as the recorded one.
     """
     case = load_case("e2e/sample_py/golden")
     [row] = [row for row in case.meta["rows"] if row["name"] == "autoguidance"]
@@ -134,26 +134,28 @@ def test_sample_ddp_py(name, tmp_path):
             assert_close(latents, case[f"out.latent{batch}"][:size], **LATENTS)
             sets.append(sampler._decode(latents))
     published = case["out.arr_0"].numpy()
-    same_but_for_rounding(torch.cat(sets).numpy()[: len(published)], published)
+    assert_equal_up_to_rounding(torch.cat(sets).numpy()[: len(published)], published)
 
 
 def test_stage1_sample_py():
-    """It crops nothing: the encoder sees the picture squeezed to its size."""
+    """The script does not crop: the encoder resizes the image to its input size."""
     case = load_case("e2e/stage1_sample")
     image = case["in.image"].permute(2, 0, 1)[None]
-    made = make_reconstruct(golden_rae(), start(RuntimeConfig(backend="torch"), MeshConfig()))
-    same_but_for_rounding(made(image)[0], case["out.recon_png"].numpy())
+    reconstruct = make_reconstruct(
+        golden_rae(), start(RuntimeConfig(backend="torch"), MeshConfig())
+    )
+    assert_equal_up_to_rounding(reconstruct(image)[0], case["out.recon_png"].numpy())
 
 
-def same_but_for_rounding(made, expected):
-    """A float on the brink of a level may fall to either side; one in a thousand does at most."""
-    difference = np.abs(made.astype(int) - expected)
+def assert_equal_up_to_rounding(pixels, expected):
+    """Allow a difference of one level in at most one pixel of a thousand."""
+    difference = np.abs(pixels.astype(int) - expected)
     assert difference.max() <= 1
     assert difference.mean() < 1e-3
 
 
 def test_stage1_sample_ddp_py():
-    """Cropped to 48, decoded at 32, and cut off instead of rounded."""
+    """The script crops to 48 pixels, decodes at 32, and truncates instead of rounding."""
     case = load_case("e2e/stage1_sample_ddp")
     cropped = [
         center_crop(Image.fromarray(image), case.meta["image_size"])
@@ -161,8 +163,8 @@ def test_stage1_sample_ddp_py():
     ]
     images = torch.from_numpy(np.stack(cropped)).permute(0, 3, 1, 2)
     with torch.no_grad():
-        made = to_pixels(golden_rae()(to_unit(images)))
-    same_but_for_rounding(made.numpy(), case["out.recon_arr_0"].numpy())
+        pixels = to_pixels(golden_rae()(to_unit(images)))
+    assert_equal_up_to_rounding(pixels.numpy(), case["out.recon_arr_0"].numpy())
 
 
 def golden_rae():
@@ -171,8 +173,8 @@ def golden_rae():
     return RAE(**rae_arguments("dinov2", noise_tau=0.0)).eval()
 
 
-def test_images_of_a_folder_come_in_the_published_order(tmp_path):
-    """That of ``pack_images.py``: by their paths, byte by byte."""
+def test_images_of_a_folder_are_sorted_as_published(tmp_path):
+    """``pack_images.py`` sorts by path, byte by byte."""
     order = load_case("e2e/ddp_script_runs").meta["info"]["public.pack_images"]["order"]
     for name in reversed(order):
         (tmp_path / name).parent.mkdir(exist_ok=True)

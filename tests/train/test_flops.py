@@ -1,4 +1,4 @@
-"""FLOPs of a step: those of the published arithmetic, and nothing is changed by counting."""
+"""FLOPs of a step equal the published numbers, and counting changes nothing."""
 
 from pathlib import Path
 
@@ -7,13 +7,13 @@ import torch
 from tiny import make_configs, make_gan_config, make_shards
 from torch import Tensor, nn
 
-from rae_xla.config import load_config
+from rae_xla.config import RuntimeConfig, load_config
 from rae_xla.data.mixture import open_training_data
 from rae_xla.models.dit_dh import DiTDH
-from rae_xla.runtime.torch import TorchRuntime
+from rae_xla.runtime.torch.backend import TorchBackend
 from rae_xla.train.flops import count_flops, phase_flops, step_flops
-from rae_xla.train.stage1 import Stage1
-from rae_xla.train.stage2 import Stage2
+from rae_xla.train.tasks.autoencoder import AutoencoderTask
+from rae_xla.train.tasks.diffusion import DiffusionTask
 
 # TFLOP per image, forward and backward, of 256 latent tokens: two sizes of the RAE paper.
 PUBLISHED = {
@@ -23,7 +23,7 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("size", PUBLISHED)
-def test_the_published_models_take_the_published_arithmetic(size):
+def test_published_models_have_the_published_flops(size):
     width, depth, heads, expected = PUBLISHED[size]
     with torch.device("meta"):
         model = DiTDH(input_size=16, patch_size=1, in_channels=768, hidden_size=width,
@@ -34,12 +34,12 @@ def test_the_published_models_take_the_published_arithmetic(size):
     assert flops / 1e12 == pytest.approx(expected, abs=0.006)
 
 
-def test_products_convolutions_and_attention_are_counted_forwards_and_backwards():
+def test_matmuls_convolutions_and_attention_are_counted():
     linear, conv = nn.Linear(8, 16), nn.Conv2d(3, 4, 2, 2)
     x, image = torch.zeros(5, 8), torch.zeros(2, 3, 6, 6)
     forward = 2 * 5 * 8 * 16
     assert count_flops(lambda: linear(x)) == forward
-    # the input needs no gradient, the weight does
+    # The weight needs a gradient, the input does not.
     assert count_flops(lambda: linear(x).sum().backward()) == 2 * forward
     assert count_flops(lambda: conv(image)) == 2 * 2 * 4 * 3 * 3 * (3 * 2 * 2)
     q = torch.zeros(1, 2, 7, 4)
@@ -54,14 +54,14 @@ def project(tmp_path_factory):
     return make_configs(folder, shards) | {"gan": make_gan_config(folder, shards)}
 
 
-def stage_of(cls, path):
+def make_task(cls, path):
     config = load_config(str(path))
-    runtime = TorchRuntime(mesh=config.mesh, precision="fp32", compile_graphs=False, seed=0)
-    return cls(config, runtime, open_training_data(config.data.train, None), 6)
+    backend = TorchBackend(RuntimeConfig(), config.mesh)
+    return cls(config, backend, open_training_data(config.data.train, None), 6)
 
 
-def everything(stage) -> dict[str, Tensor]:
-    held = {"model": stage.model, "disc": stage.disc, "frozen": stage.frozen}
+def all_tensors(task) -> dict[str, Tensor]:
+    held = {"model": task.model, "disc": task.disc, "frozen": task.frozen}
     return {
         f"{part}.{name}": tensor
         for part, module in held.items()
@@ -70,25 +70,25 @@ def everything(stage) -> dict[str, Tensor]:
     }
 
 
-def test_a_step_of_stage_2_is_the_encoder_forwards_and_the_model_both_ways(project):
-    stage = stage_of(Stage2, project["stage2"])
-    model, encode = stage.model, stage.frozen.encode
+def test_stage_2_is_encoder_forward_plus_model_forward_and_backward(project):
+    task = make_task(DiffusionTask, project["stage2"])
+    model, encode = task.model, task.frozen.encode
     image, y, t = torch.zeros(1, 3, 32, 32), torch.zeros(1, dtype=torch.int64), torch.zeros(1)
     encoder = count_flops(lambda: encode(image))
-    both_ways = count_flops(lambda: model(torch.zeros(1, 32, 4, 4), t, y).sum().backward())
+    model_flops = count_flops(lambda: model(torch.zeros(1, 32, 4, 4), t, y).sum().backward())
     assert encoder > 0
-    assert step_flops(stage, 0, image_size=32) == encoder + both_ways
+    assert step_flops(task, 0, image_size=32) == encoder + model_flops
 
 
 @pytest.mark.slow
-def test_every_phase_of_a_gan_is_counted_and_the_networks_stay_as_they_were(project):
-    stage = stage_of(Stage1, project["gan"])
-    before = {name: tensor.clone() for name, tensor in everything(stage).items()}
-    flops = phase_flops(stage, 0, 20, image_size=32)
-    assert list(flops) == [stage.phase(step) for step in (0, 6, 12)]
-    lpips, learns, gan = flops.values()
-    assert lpips < learns < gan
-    for name, tensor in everything(stage).items():
+def test_every_gan_phase_is_counted_and_networks_are_unchanged(project):
+    task = make_task(AutoencoderTask, project["gan"])
+    before = {name: tensor.clone() for name, tensor in all_tensors(task).items()}
+    flops = phase_flops(task, 0, 20, image_size=32)
+    assert list(flops) == [task.phase(step) for step in (0, 6, 12)]
+    lpips, disc, gan = flops.values()
+    assert lpips < disc < gan
+    for name, tensor in all_tensors(task).items():
         assert tensor.grad is None, name
         assert torch.equal(tensor, before[name]), name
-    assert step_flops(stage, 0, image_size=32, rows=2) == lpips
+    assert step_flops(task, 0, image_size=32, rows=2) == lpips

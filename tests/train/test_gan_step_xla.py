@@ -1,4 +1,4 @@
-"""The recorded GAN step on XLA: the reference's numbers, in one graph."""
+"""The recorded GAN step on XLA equals the reference's, with one compilation."""
 
 import pytest
 import torch
@@ -8,12 +8,12 @@ from recorded_gan_step import (
     build_networks,
     feed_recorded,
     prepare,
-    recorded_figures,
+    recorded_metrics,
     settings,
 )
 
 from rae_xla.config import MeshConfig
-from rae_xla.config.sections import RuntimeConfig
+from rae_xla.config.schema import RuntimeConfig
 from rae_xla.runtime import start
 
 pytestmark = pytest.mark.xla
@@ -21,18 +21,18 @@ pytestmark = pytest.mark.xla
 
 def test_the_recorded_step(monkeypatch):
     given = RuntimeConfig(backend="xla", devices=1)
-    runtime = start(given, MeshConfig())
+    backend = start(given, MeshConfig())
     feed_recorded(monkeypatch)
     networks = build_networks()
-    state, step = prepare(networks, settings(), runtime)
-    runtime.synchronize()
-    before = runtime.compilations()
-    [values] = runtime.fetch([runtime.compile(step)(runtime.put(batch()))])
-    figures = dict(zip(step.names, values.tolist(), strict=True))
-    assert figures == pytest.approx(recorded_figures(), rel=2e-4)
-    assert runtime.compilations() == before + 1
-    assert runtime.fallbacks() == {}
+    state, step = prepare(networks, settings(), backend)
+    backend.synchronize()
+    before = backend.compilations()
+    [values] = backend.fetch([backend.compile(step)(backend.shard_batch(batch()))])
+    metrics = dict(zip(step.metric_names, values.tolist(), strict=True))
+    assert metrics == pytest.approx(recorded_metrics(), rel=2e-4)
+    assert backend.compilations() == before + 1
+    assert backend.fallbacks() == {}
     for module, prefix in ((state.model.module, "decoder_after"), (state.ema, "ema_after")):
-        after = runtime.to_host(module.state_dict())
+        after = backend.to_host(module.state_dict())
         for name, expected in CASE.under(f"out.{prefix}").items():
             torch.testing.assert_close(after[name], expected, rtol=1e-4, atol=1e-4, msg=name)

@@ -1,3 +1,5 @@
+"""Guidance: golden values, time intervals, null label, errors."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -7,7 +9,7 @@ import torch
 from golden_case import Case, load_case
 from torch import Tensor, nn
 from torch.testing import assert_close
-from transport.toy import toy_model
+from toy import toy_model
 
 from rae_xla.errors import UserError
 from rae_xla.models.dit import LightningDiT
@@ -20,7 +22,7 @@ FORWARD = {"rtol": 1e-4, "atol": 2e-5}
 
 
 class Counter:
-    """A toy model that remembers the rows it was given."""
+    """A toy model that records the times and labels of its calls."""
 
     num_classes = 7
 
@@ -44,19 +46,20 @@ def load(case: Case, build: type[nn.Module], prefix: str = "") -> nn.Module:
 
 
 @pytest.mark.parametrize("name", DDT)
-def test_classifier_free_guidance_has_the_recorded_values(name: str) -> None:
+def test_classifier_free_guidance_matches_golden_values(name: str) -> None:
     case = load_case(f"stage2/{name}")
     model, null_label = load(case, DiTDH), case.meta["config"]["num_classes"]
     for call in case.meta["cfg_calls"]:
         x, t, y, out = (case[call[key]] for key in ("x", "t", "y", "out"))
-        # The reference doubled the batch, labels [y; null], and uses the first half of x.
+        # The reference implementation doubles the batch, with labels [y; null] and the first half
+        # of x.
         half, scale = len(x) // 2, call["cfg_scale"]
         x, t, y, out = x[:half], t[:half], y[:half], out[:half]
         model_fn = guided(
             model, y, scale=scale, null_label=null_label, interval=tuple(call["cfg_interval"])
         )
         with torch.no_grad():
-            if scale == 0:  # recorded as unconditional; here 1 or less is no guidance at all
+            if scale == 0:  # recorded as unconditional; here a scale of at most 1 means no guidance
                 out = model(x, t, y)
             assert_close(model_fn(x, t), out, **FORWARD)
             for row, time in enumerate(t):
@@ -65,7 +68,7 @@ def test_classifier_free_guidance_has_the_recorded_values(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", DDT)
-def test_autoguidance_has_the_recorded_values(name: str) -> None:
+def test_autoguidance_matches_golden_values(name: str) -> None:
     case = load_case(f"stage2/{name}")
     model, guide = load(case, DiTDH), load(case, DiTDH, "guide_")
     for call in case.meta["ag_calls"]:
@@ -83,14 +86,14 @@ def test_autoguidance_has_the_recorded_values(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", LIGHTNING)
-def test_guidance_of_lightningdit_has_the_recorded_values(name: str) -> None:
-    """Its reference guides *outside* its interval, and may use a second scale inside."""
+def test_guidance_of_lightningdit_matches_golden_values(name: str) -> None:
+    """The reference applies guidance *outside* its interval, and may use another scale inside."""
     case = load_case(f"stage2/{name}")
     model, guide = load(case, LightningDiT), load(case, LightningDiT, "guide_")
     half = len(case["in.x"]) // 2
     x, t, y = case["in.x"][:half], case["in.cfg_t"][:half], case["in.y"][:half]
     for call in case.meta["guidance_calls"]:
-        # Compared in float32, as the reference does: 0.3 is then not below 0.3.
+        # Compared in float32 as in the reference, where 0.3 is not below 0.3.
         spans = torch.tensor(call["cfg_interval"], dtype=torch.float32)
         inside = bool(((spans[:, 0] <= t[0]) & (t[0] < spans[:, 1])).any())
         scale = call["interval_cfg"] if inside else call["cfg_scale"]
@@ -102,7 +105,7 @@ def test_guidance_of_lightningdit_has_the_recorded_values(name: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["cfg", "autoguidance"])
-def test_no_branch_is_computed_and_thrown_away(method: str) -> None:
+def test_only_required_branches_are_computed(method: str) -> None:
     x, y = torch.randn(4, 2, 3, 3), torch.tensor([0, 1, 2, 3])
 
     def rows_for(t: list[float], scale: float) -> tuple[int, int]:
@@ -121,7 +124,7 @@ def test_no_branch_is_computed_and_thrown_away(method: str) -> None:
     assert rows_for([0.4] * 4, 0.0) == both(4, 0)
 
 
-def test_mixed_times_give_each_row_what_it_would_get_alone() -> None:
+def test_mixed_times_equal_separate_rows() -> None:
     x, y = torch.randn(5, 2, 3, 3), torch.tensor([0, 1, 2, 3, 4])
     t = torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9])
     for options in ({"method": "cfg"}, {"method": "autoguidance", "guide": Counter(0.5)}):
@@ -131,9 +134,9 @@ def test_mixed_times_give_each_row_what_it_would_get_alone() -> None:
             assert_close(together[i : i + 1], alone(x[i : i + 1], t[i : i + 1]))
 
 
-def test_a_bound_of_the_interval_is_inside_in_float32() -> None:
+def test_interval_bounds_are_included_in_float32() -> None:
     x, y = torch.randn(2, 3), torch.tensor([0, 1])
-    for bound in (0.1, 0.3, 0.7, 0.9):  # not all of these are below their float32 neighbour
+    for bound in (0.1, 0.3, 0.7, 0.9):  # not all of these are below their float32 value
         t = torch.full((2,), bound)
         for interval in ((bound, 1.0), (0.0, bound)):
             model_fn = guided(Counter(), y, scale=2.0, interval=interval)
@@ -141,13 +144,13 @@ def test_a_bound_of_the_interval_is_inside_in_float32() -> None:
             assert_close(model_fn(x, t), model_fn.guided(x, t), rtol=0, atol=0)
 
 
-def test_the_null_label_defaults_to_the_models_own() -> None:
+def test_null_label_defaults_to_num_classes() -> None:
     model = Counter()
     guided(model, torch.tensor([0, 1]), scale=2.0)(torch.randn(2, 3), torch.tensor([0.5, 0.5]))
     assert sorted(torch.cat([y for _, y in model.calls]).tolist()) == [0, 1, 7, 7]
 
 
-def test_the_null_label_of_a_model_that_does_not_say_is_imagenets() -> None:
+def test_null_label_of_model_without_num_classes_is_imagenet() -> None:
     seen: list[int] = []
 
     def model(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -159,7 +162,7 @@ def test_the_null_label_of_a_model_that_does_not_say_is_imagenets() -> None:
 
 
 @pytest.mark.parametrize("method", ["euler", "heun", "dopri5"])
-def test_a_sampler_guides_inside_the_interval_only(method: str) -> None:
+def test_sampler_guides_only_inside_interval(method: str) -> None:
     tr, x, y = (
         create_transport(time_dist_shift=3.0),
         torch.randn(3, 2, 2, 2),
@@ -178,20 +181,20 @@ def bad(**options: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
         ({"method": "apg"}, "guidance method: 'apg' is not one of cfg, autoguidance"),
-        ({"method": "autoguidance"}, "needs a guide model"),
+        ({"method": "autoguidance"}, "requires a guide model"),
         ({"interval": (0.5, 0.5)}, "t_min must be below t_max"),
         ({"scale": float("nan")}, "guidance scale"),
     ],
 )
-def test_what_cannot_guide_is_refused(options: dict[str, Any], says: str) -> None:
-    with pytest.raises(UserError, match=says):
+def test_invalid_guidance_options_raise(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         bad(**options)
 
 
-def test_labels_for_another_batch_are_refused() -> None:
+def test_labels_of_other_batch_size_raise() -> None:
     model_fn = guided(Counter(), torch.tensor([0, 1]), scale=2.0)
-    with pytest.raises(UserError, match="2 labels were bound, but x has 3 rows"):
+    with pytest.raises(UserError, match="x has 3 rows, but there are 2 labels"):
         model_fn(torch.randn(3, 2), torch.zeros(3))

@@ -1,3 +1,5 @@
+"""ODE solvers: golden values, order, compilation of steps, errors."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -7,7 +9,7 @@ import torch
 from golden_case import load_case
 from torch import Tensor
 from torch.testing import assert_close
-from transport.toy import toy_field, toy_model
+from toy import toy_field, toy_model
 
 from rae_xla.errors import UserError
 from rae_xla.transport import create_transport, ode
@@ -19,7 +21,7 @@ OTHER = [row for row in CASE.meta["rows"] if row["key"].startswith("traj_other")
 
 
 class Recorder:
-    """A model function that remembers the times it was asked for."""
+    """A model function that records the times of its calls."""
 
     def __init__(self, network: Any) -> None:
         self.network = network
@@ -39,7 +41,7 @@ def trajectory(tr: Transport, model_fn: Any, method: str, grid: Tensor) -> Tenso
 
 
 @pytest.mark.parametrize("row", SOLVED, ids=lambda row: row["key"])
-def test_every_solver_gives_the_recorded_numbers(row: dict[str, Any]) -> None:
+def test_solvers_match_golden_values(row: dict[str, Any]) -> None:
     tr, key = create_transport(time_dist_shift=row["shift"]), row["key"]
     model_fn = Recorder(toy_field)
     final = tr.sample_ode(model_fn, CASE["in.x"], method=row["method"], num_steps=row["num_steps"])
@@ -58,7 +60,7 @@ def test_every_solver_gives_the_recorded_numbers(row: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("row", OTHER, ids=lambda row: row["key"])
-def test_every_path_and_prediction_gives_the_recorded_numbers(row: dict[str, Any]) -> None:
+def test_paths_and_predictions_match_golden_values(row: dict[str, Any]) -> None:
     _, path, prediction = row["key"].split(".")
     tr = create_transport(
         path, prediction, train_eps=row["train_eps"], sample_eps=row["sample_eps"]
@@ -67,15 +69,15 @@ def test_every_path_and_prediction_gives_the_recorded_numbers(row: dict[str, Any
     assert_close(states, CASE[f"out.{row['key']}"], rtol=1e-5, atol=1e-5)
 
 
-def test_heun_is_heun2_and_names_have_no_case() -> None:
+def test_heun_is_heun2_and_names_ignore_case() -> None:
     tr, x = create_transport(), CASE["in.x"]
     results = [tr.sample_ode(Recorder(toy_field), x, m, 6) for m in ("heun", "heun2", "Heun")]
     assert_close(results[0], results[1], rtol=0, atol=0)
     assert_close(results[0], results[2], rtol=0, atol=0)
 
 
-def test_our_tables_have_the_order_they_claim() -> None:
-    """On dx/dt = x the error of a method of order p shrinks 2^p-fold when the step is halved."""
+def test_runge_kutta_tables_have_their_order() -> None:
+    """For dx/dt = x, halving the step divides the error of a method of order p by 2^p."""
     x = torch.ones(1, 1, dtype=torch.float64)
 
     def error(method: str, n: int) -> float:
@@ -88,7 +90,7 @@ def test_our_tables_have_the_order_they_claim() -> None:
         assert 2 ** (order - 0.3) < ratio < 2 ** (order + 0.3), method
 
 
-def test_the_solver_asks_for_the_branch_at_every_time_and_compiles_each_once() -> None:
+def test_solver_selects_branch_by_time_and_compiles_each_once() -> None:
     class TwoBranches:
         def at(self, time: float) -> Any:
             return self.early if time > 0.5 else self.late
@@ -121,12 +123,12 @@ def test_the_solver_asks_for_the_branch_at_every_time_and_compiles_each_once() -
     assert done == [(i, 10) for i in range(1, 11)]
 
 
-def test_an_adaptive_solver_asks_for_the_branch_too() -> None:
-    asked: list[float] = []
+def test_adaptive_solver_selects_branch_by_time() -> None:
+    times: list[float] = []
 
     class OneBranch:
         def at(self, time: float) -> Any:
-            asked.append(time)
+            times.append(time)
             return lambda x, t: x
 
     tr, x, done = create_transport(), torch.ones(2, 3), []
@@ -134,37 +136,37 @@ def test_an_adaptive_solver_asks_for_the_branch_too() -> None:
         OneBranch(), x, method="dopri5", num_steps=4, progress=lambda *d: done.append(d)
     )
     assert_close(final, x * torch.exp(torch.tensor(-0.999)), rtol=1e-3, atol=0)
-    assert asked[0] == 1
+    assert times[0] == 1
     assert done == [(1, 1)]
 
 
-def test_one_grid_point_is_the_noise_itself() -> None:
+def test_one_grid_point_returns_noise() -> None:
     x = CASE["in.x"]
     assert_close(create_transport().sample_ode(Recorder(toy_field), x, num_steps=1), x)
 
 
 @pytest.mark.parametrize("num_steps", [0, -3, 2.5])
-def test_a_senseless_number_of_steps_is_refused(num_steps: Any) -> None:
+def test_invalid_number_of_steps_raises(num_steps: Any) -> None:
     with pytest.raises(UserError, match="num_steps"):
         create_transport().sample_ode(Recorder(toy_field), CASE["in.x"], num_steps=num_steps)
 
 
-def test_an_unknown_method_is_refused_with_the_valid_names() -> None:
+def test_unknown_method_error_lists_valid_names() -> None:
     with pytest.raises(UserError, match=r"method: 'rk45' is not one of euler, heun, .*dopri5"):
         create_transport().sample_ode(Recorder(toy_field), CASE["in.x"], method="rk45")
 
 
 @pytest.mark.parametrize("method", [*ode.ADAPTIVE, *ode.MULTISTEP])
-def test_methods_that_read_their_values_are_refused_on_xla(method: str) -> None:
-    with pytest.raises(UserError, match="cannot run on XLA; use a fixed-step one"):
+def test_adaptive_methods_raise_on_xla(method: str) -> None:
+    with pytest.raises(UserError, match="not possible on XLA"):
         ode.ode_method(method, torch.device("xla"))
 
 
 @pytest.mark.parametrize("method", [*ode.ADAPTIVE, "implicit_adams", "fixed_adams"])
-def test_torchdiffeqs_methods_reach_the_same_end(method: str) -> None:
+def test_torchdiffeq_methods_agree(method: str) -> None:
     tr = create_transport()
     expected = tr.sample_ode(Recorder(toy_field), CASE["in.x"], method="rk4", num_steps=50)
-    found = tr.sample_ode(
+    actual = tr.sample_ode(
         Recorder(toy_field), CASE["in.x"], method=method, num_steps=50, rtol=1e-5, atol=1e-6
     )
-    assert_close(found, expected, rtol=0, atol=5e-3)
+    assert_close(actual, expected, rtol=0, atol=5e-3)

@@ -1,3 +1,5 @@
+"""Probability paths: golden values and consistency."""
+
 from __future__ import annotations
 
 import pytest
@@ -5,7 +7,7 @@ import torch
 from golden_case import Case, load_case
 from torch import Tensor
 from torch.testing import assert_close
-from transport.toy import toy_model
+from toy import toy_model
 
 from rae_xla.transport.paths import PATHS, Path, expand_like
 
@@ -35,9 +37,9 @@ def quantities(path: Path, t: Tensor, data: Tensor, noise: Tensor) -> dict[str, 
 
 
 @pytest.mark.parametrize("name", PATHS)
-def test_every_quantity_of_a_path_has_the_recorded_value(plans: Case, name: str) -> None:
-    found = quantities(PATHS[name], plans["in.t"], plans["in.x1_data"], plans["in.x0_noise"])
-    for quantity, value in found.items():
+def test_path_quantities_match_golden_values(plans: Case, name: str) -> None:
+    actual = quantities(PATHS[name], plans["in.t"], plans["in.x1_data"], plans["in.x0_noise"])
+    for quantity, value in actual.items():
         expected = plans[f"out.{name}.{quantity}"]
         finite = plans.tensors.get(f"mask_finite.{name}.{quantity}", torch.ones_like(expected) > 0)
         assert finite.any()
@@ -51,7 +53,7 @@ def test_every_quantity_of_a_path_has_the_recorded_value(plans: Case, name: str)
 
 
 @pytest.mark.parametrize("name", PATHS)
-def test_the_velocity_is_the_derivative_of_the_path(name: str) -> None:
+def test_velocity_is_derivative_of_path(name: str) -> None:
     path = PATHS[name]
     t = torch.linspace(0.1, 0.9, 7, dtype=torch.float64)
     step = 1e-6
@@ -61,7 +63,7 @@ def test_the_velocity_is_the_derivative_of_the_path(name: str) -> None:
         )
 
 
-def test_score_velocity_and_noise_say_the_same_thing() -> None:
+def test_score_velocity_and_noise_are_consistent() -> None:
     torch.manual_seed(0)
     x, score = torch.randn(2, 5, 3, dtype=torch.float64)
     t = expand_like(torch.linspace(0.2, 0.8, 5, dtype=torch.float64), x)

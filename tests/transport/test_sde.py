@@ -1,3 +1,5 @@
+"""SDE solvers: golden values, marginals, errors."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -7,7 +9,7 @@ import torch
 from golden_case import load_case
 from torch import Tensor
 from torch.testing import assert_close
-from transport.toy import toy_field, toy_model
+from toy import toy_field, toy_model
 
 from rae_xla.errors import UserError
 from rae_xla.transport import create_transport
@@ -38,7 +40,7 @@ def sample(row: dict[str, Any], **options: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("row", FINITE, ids=lambda row: row["key"])
-def test_every_form_and_last_step_gives_the_recorded_numbers(row: dict[str, Any]) -> None:
+def test_forms_and_last_steps_match_golden_values(row: dict[str, Any]) -> None:
     states: list[Tensor] = []
 
     def remember(step: Any) -> Any:
@@ -56,7 +58,7 @@ def test_every_form_and_last_step_gives_the_recorded_numbers(row: dict[str, Any]
 
 
 @pytest.mark.parametrize("row", [r for r in ROWS if not r["finite"]], ids=lambda row: row["key"])
-def test_what_was_not_finite_is_refused_or_now_works(row: dict[str, Any]) -> None:
+def test_nonfinite_reference_cases_raise_or_are_finite(row: dict[str, Any]) -> None:
     if row["method"] == "heun" and row["last_step"] is None:
         with pytest.raises(UserError, match="evaluates the score at t = 0"):
             sample(row)
@@ -65,7 +67,7 @@ def test_what_was_not_finite_is_refused_or_now_works(row: dict[str, Any]) -> Non
         assert sample(row, generator=torch.Generator().manual_seed(0)).isfinite().all()
 
 
-def test_a_seed_reproduces_the_recorded_noise() -> None:
+def test_seed_reproduces_golden_noise() -> None:
     row = next(r for r in FINITE if r["key"] == "heun.sigma.Mean.s1")
     torch.manual_seed(CASE.meta["seed"])
     from_torch = sample(row)
@@ -75,7 +77,7 @@ def test_a_seed_reproduces_the_recorded_noise() -> None:
     assert_close(from_generator, from_torch, rtol=0, atol=0)
 
 
-def test_names_have_no_case_and_both_spellings_work() -> None:
+def test_names_ignore_case_and_accept_published_spelling() -> None:
     row = next(r for r in FINITE if r["form"].startswith("incc") and r["last_step"] == "Mean")
     draws = {"step_noise": lambda k, like: CASE["in.noise"][k]}
     again = sample(
@@ -84,9 +86,9 @@ def test_names_have_no_case_and_both_spellings_work() -> None:
     assert_close(again, sample(row, **draws), rtol=0, atol=0)
 
 
-def test_one_constant_step_by_hand() -> None:
+def test_constant_step_equals_manual_computation() -> None:
     tr, x, w = create_transport(), CASE["in.x"], CASE["in.noise"][0]
-    found = tr.sample_sde(
+    actual = tr.sample_sde(
         model_fn,
         x,
         num_steps=2,
@@ -99,11 +101,11 @@ def test_one_constant_step_by_hand() -> None:
     one, quarter = torch.ones(2), torch.full((2,), 0.25)
     v = model_fn(x, one)
     moved = x - 0.75 * (v + 0.5 * x) + 0.75**0.5 * w  # at t = 1 the score is -x
-    assert_close(found, moved - 0.25 * model_fn(moved, quarter), rtol=1e-6, atol=1e-6)
+    assert_close(actual, moved - 0.25 * model_fn(moved, quarter), rtol=1e-6, atol=1e-6)
 
 
-def test_every_form_keeps_the_marginals_of_the_flow() -> None:
-    """For N(0, 0.5^2) data the exact velocity is known: all forms must end at that spread."""
+def test_forms_preserve_marginals_of_flow() -> None:
+    """For N(0, 0.5²) data the exact velocity is known: all forms must give that deviation."""
     data_std = 0.5
 
     def exact(x: Tensor, t: Tensor) -> Tensor:
@@ -123,7 +125,7 @@ def test_every_form_keeps_the_marginals_of_the_flow() -> None:
 @pytest.mark.parametrize("prediction", ["velocity", "noise", "score"])
 @pytest.mark.parametrize("path", ["Linear", "GVP", "VP"])
 @pytest.mark.parametrize("last_step", ["Mean", "Tweedie", "Euler"])
-def test_every_path_and_prediction_samples_finite_numbers(
+def test_paths_and_predictions_give_finite_samples(
     path: str, prediction: str, last_step: str
 ) -> None:
     tr = create_transport(path, prediction, sample_eps=1e-3)
@@ -138,20 +140,20 @@ def test_every_path_and_prediction_samples_finite_numbers(
     assert final.isfinite().all()
 
 
-def test_progress_counts_the_last_step() -> None:
+def test_progress_includes_last_step() -> None:
     row, done = next(r for r in FINITE if r["last_step"] == "Mean"), []
     sample(row, progress=lambda *d: done.append(d))
     assert done == [(i, 12) for i in range(1, 13)]
 
 
 @pytest.mark.parametrize("path", ["Linear", "GVP"])
-def test_a_negative_diffusion_is_refused(path: str) -> None:
+def test_negative_diffusion_raises(path: str) -> None:
     with pytest.raises(UserError, match=f"'SBDM' is negative on the {path} path"):
         create_transport(path).sample_sde(model_fn, CASE["in.x"], diffusion_form="SBDM")
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
         ({"method": "rk4"}, "method: 'rk4' is not one of euler, heun"),
         ({"diffusion_form": "cosine"}, "diffusion_form: 'cosine' is not one of constant, SBDM"),
@@ -161,18 +163,18 @@ def test_a_negative_diffusion_is_refused(path: str) -> None:
         ({"num_steps": 1}, "num_steps"),
     ],
 )
-def test_what_is_not_an_option_is_refused_by_name(options: dict[str, Any], says: str) -> None:
-    with pytest.raises(UserError, match=says):
+def test_invalid_option_error_names_option(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         create_transport().sample_sde(model_fn, CASE["in.x"], **options)
 
 
 @pytest.mark.parametrize("name", PATHS)
-def test_diffusion_coefficients_have_the_recorded_values(name: str) -> None:
+def test_diffusion_coefficients_match_golden_values(name: str) -> None:
     plans = load_case("transport/plans")
     start = f"out.{name}.diffusion."
     for key in (k for k in plans.tensors if k.startswith(start)):
         form, expected = key.removeprefix(start), plans[key].flatten()
         if form == "SBDM" and name != "VP":
-            continue  # negative, and refused
+            continue  # negative, which raises an error
         diffusion = sde_diffusion(form, plans.meta["diffusion_norm"], PATHS[name])
         assert_close(diffusion(plans["in.t"]), expected, rtol=1e-5, atol=1e-6)

@@ -1,4 +1,4 @@
-"""On XLA a sampling step is one graph: compiled once, wholly on the device, equal to the CPU's."""
+"""Sampling steps on XLA: compiled once, without fallback to the host, equal to the CPU."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ pytestmark = pytest.mark.xla
 
 
 def shape(size: int) -> tuple[int, ...]:
-    """Every case has a size of its own, so that none finds a graph another has compiled."""
+    """Return a shape that differs between tests, so that they do not share compiled graphs."""
     return (8, 4, size, size)
 
 
 class TinyNet(nn.Module):
-    """Time, label and image in; a velocity out."""
+    """Small network from image, time and label to a velocity."""
 
     num_classes = 3
 
@@ -87,13 +87,13 @@ def fallbacks() -> list[str]:
 
 
 def branches_of(grid: Tensor, stages: int) -> int:
-    """How many different steps a guided run has: which of the stages lie in (0.3, 0.8)."""
+    """Return the number of different combinations of guided stages, those in (0.3, 0.8)."""
     guided_at = [0.3 <= float(t) <= 0.8 for t in grid]
     return len({tuple(guided_at[i : i + stages]) for i in range(len(grid) - 1)})
 
 
 @pytest.mark.parametrize(("method", "stages", "size"), [("euler", 1, 3), ("heun", 2, 4)])
-def test_ode_steps_compile_once_for_each_branch(
+def test_ode_steps_compile_once_per_branch(
     method: str, stages: int, size: int, mesh: xs.Mesh, net: TinyNet, xla_net: TinyNet
 ) -> None:
     tr = create_transport(time_dist_shift=2.0)
@@ -108,11 +108,11 @@ def test_ode_steps_compile_once_for_each_branch(
         model_fn = guided(xla_net, labels, **options)
         return tr.sample_ode(model_fn, x, method, 21, compile_step=compile_step)
 
-    found = sample()
+    actual = sample()
     assert compilations() - before == branches_of(tr.time_grid(21), stages)
-    assert_close(found.cpu(), expected, rtol=0, atol=1e-5)
+    assert_close(actual.cpu(), expected, rtol=0, atol=1e-5)
 
-    # Another batch and another guided object: the same graphs.
+    # Another batch and another guided object use the same graphs.
     before = compilations()
     sample()
     assert compilations() == before
@@ -120,23 +120,23 @@ def test_ode_steps_compile_once_for_each_branch(
 
 
 @pytest.mark.parametrize(("method", "size"), [("euler", 5), ("heun", 6)])
-def test_an_unguided_run_compiles_one_step(
+def test_unguided_sampling_compiles_one_step(
     method: str, size: int, mesh: xs.Mesh, net: TinyNet, xla_net: TinyNet
 ) -> None:
     tr, noise, y = create_transport(), torch.randn(shape(size)), torch.zeros(8, dtype=torch.int64)
     expected = tr.sample_ode(lambda x, t: net(x, t, y), noise, method, 21)
     x, labels = on_mesh(noise, mesh), on_mesh(y, mesh)
     before = compilations()
-    found = tr.sample_ode(
+    actual = tr.sample_ode(
         lambda x, t: xla_net(x, t, labels), x, method, 21, compile_step=compile_step
     )
     assert compilations() - before == 1
-    assert_close(found.cpu(), expected, rtol=0, atol=1e-5)
+    assert_close(actual.cpu(), expected, rtol=0, atol=1e-5)
     assert fallbacks() == []
 
 
 @pytest.mark.parametrize(("method", "size"), [("euler", 7), ("heun", 8)])
-def test_sde_steps_compile_once_and_the_last_step_once(
+def test_sde_step_and_last_step_compile_once(
     method: str, size: int, mesh: xs.Mesh, net: TinyNet, xla_net: TinyNet
 ) -> None:
     tr, noise, y = create_transport(), torch.randn(shape(size)), torch.ones(8, dtype=torch.int64)
@@ -147,7 +147,7 @@ def test_sde_steps_compile_once_and_the_last_step_once(
     )
     x, labels = on_mesh(noise, mesh), on_mesh(y, mesh)
     before = compilations()
-    found = tr.sample_sde(
+    actual = tr.sample_sde(
         lambda x, t: xla_net(x, t, labels),
         x,
         step_noise=lambda k, like: draws[k].to(like.device),
@@ -155,11 +155,11 @@ def test_sde_steps_compile_once_and_the_last_step_once(
         **options,
     )
     assert compilations() - before == 2
-    assert_close(found.cpu(), expected, rtol=0, atol=1e-5)
+    assert_close(actual.cpu(), expected, rtol=0, atol=1e-5)
     assert fallbacks() == []
 
 
-def test_training_times_are_drawn_on_the_device(mesh: xs.Mesh) -> None:
+def test_training_times_are_computed_on_device(mesh: xs.Mesh) -> None:
     tr = create_transport(time_dist_type="logit-normal_0_1", time_dist_shift=6.93)
     u = torch.rand(64)
     assert_close(
@@ -168,7 +168,7 @@ def test_training_times_are_drawn_on_the_device(mesh: xs.Mesh) -> None:
     assert fallbacks() == []
 
 
-def test_an_adaptive_method_is_refused(mesh: xs.Mesh, xla_net: TinyNet) -> None:
+def test_adaptive_method_raises(mesh: xs.Mesh, xla_net: TinyNet) -> None:
     x = torch.zeros(shape(4)).to(torch_xla.device())
-    with pytest.raises(UserError, match="cannot run on XLA"):
+    with pytest.raises(UserError, match="not possible on XLA"):
         create_transport().sample_ode(lambda x, t: x, x, method="dopri5")

@@ -1,3 +1,5 @@
+"""Time shift, time distributions and sampling grid against golden values."""
+
 from __future__ import annotations
 
 import pytest
@@ -15,7 +17,7 @@ def recorded() -> Case:
     return load_case("transport/time_distribution")
 
 
-def test_the_shift_has_the_recorded_values(recorded: Case) -> None:
+def test_shift_matches_golden_values(recorded: Case) -> None:
     for row in recorded.meta["shifts"]:
         shifted = shift_time(recorded["in.grid"], row["shift"])
         assert_close(shifted, recorded[f"out.shift_grid.{row['i']}"], rtol=1e-6, atol=1e-7)
@@ -23,7 +25,7 @@ def test_the_shift_has_the_recorded_values(recorded: Case) -> None:
         assert shifted[-1] == 1
 
 
-def test_uniform_draws_become_the_recorded_times(recorded: Case) -> None:
+def test_sampled_times_match_golden_values(recorded: Case) -> None:
     for row in recorded.meta["draws"]:
         tr = create_transport(
             prediction=row["prediction"],
@@ -34,7 +36,7 @@ def test_uniform_draws_become_the_recorded_times(recorded: Case) -> None:
         assert_close(tr.sample_times(u), recorded[f"out.t.{row['key']}"], rtol=1e-5, atol=1e-6)
 
 
-def test_extreme_draws_stay_inside_the_interval() -> None:
+def test_extreme_random_numbers_stay_in_interval() -> None:
     u = torch.tensor([0.0, 1e-30, 1 - 2**-24])
     for name in ("uniform", "logit-normal_0_1", "logit-normal_-3_2.5"):
         t = parse_time_distribution(name).sample(u, (0.0, 0.999))
@@ -43,7 +45,7 @@ def test_extreme_draws_stay_inside_the_interval() -> None:
         assert t.max() <= 0.999
 
 
-def test_the_sampling_grid_has_the_recorded_values() -> None:
+def test_sampling_grid_matches_golden_values() -> None:
     case = load_case("transport/ode")
     for s, shift in enumerate(case.meta["shifts"]):
         for n in (10, 50):
@@ -63,6 +65,6 @@ def test_the_sampling_grid_has_the_recorded_values() -> None:
         None,
     ],
 )
-def test_an_unknown_distribution_is_refused_by_name(name: str) -> None:
+def test_unknown_distribution_raises(name: str) -> None:
     with pytest.raises(UserError, match="logit-normal_<mean>_<std>"):
         create_transport(time_dist_type=name)

@@ -1,0 +1,1 @@
+"""WebDataset shards: write, index, verify and describe them; sources of images to write."""

@@ -1,1 +1,0 @@
-"""What a machine needs for a run, tried out one by one."""

@@ -1,0 +1,315 @@
+"""Frozen encoders: DINOv2 with registers, SigLIP2 and MAE vision transformers.
+
+transformers parses the configurations, and weights come from any Hugging Face folder or hub id.
+The forward pass is ours rather than that of transformers for three reasons: parameter names match
+the published checkpoints with every version of transformers; positions are resampled once instead
+of in each forward pass (XLA has no bicubic resize); and MAE does not sort its tokens, of which it
+keeps all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor, nn
+from transformers import Dinov2WithRegistersConfig, SiglipVisionConfig, ViTMAEConfig
+
+from rae_xla.errors import UserError
+from rae_xla.models.encoders.backbone import (
+    PatchEmbeddings,
+    SigLIPBackbone,
+    SigLIPHead,
+    TokenEmbeddings,
+    ViTBackbone,
+    square_side,
+)
+from rae_xla.models.hf_folder import read_json, read_weights
+from rae_xla.models.vit import DINOv2Layer, SigLIPLayer, ViTBlockConfig, ViTMAELayer
+from rae_xla.models.weights import is_meta, load_strict
+from rae_xla.ops.normalization import LayerNorm
+
+
+class FrozenEncoder(nn.Module):
+    """Base class of the encoders: frozen, in eval mode, maps images to patch tokens.
+
+    A subclass implements ``forward`` and freezes its parameters at the end of ``__init__``, with
+    ``requires_grad_(False)``. The first parameter of its ``__init__`` is the model folder, and it
+    accepts ``input_size``, the side of the images in pixels.
+
+    Args:
+        config: the model's configuration, from which alone the encoder can be built on the meta
+            device.
+        hidden_size: channels of a token.
+        patch_size: side of a patch in pixels.
+
+    Attributes:
+        options: further keyword arguments that it was built with (``encoder_params``).
+    """
+
+    def __init__(self, config: Mapping[str, Any], hidden_size: int, patch_size: int) -> None:
+        super().__init__()
+        self.config = dict(config)
+        self.options: dict[str, Any] = {}
+        self.hidden_size, self.patch_size = hidden_size, patch_size
+        self.train(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Encode normalised images (B, 3, H, W) to patch tokens (B, N, hidden_size), row by row."""
+        raise NotImplementedError
+
+    def train(self, mode: bool = True) -> FrozenEncoder:
+        """Stay in eval mode, whatever ``mode`` is."""
+        return super().train(False)
+
+
+class BackboneEncoder(FrozenEncoder):
+    """An encoder around one of the vision transformers of ``encoders.backbone``.
+
+    Args:
+        backbone_name: attribute name of the backbone, which prefixes the state-dict keys.
+        backbone: the vision transformer.
+        config: the model's configuration, as transformers parses it.
+    """
+
+    def __init__(
+        self, backbone_name: str, backbone: ViTBackbone | SigLIPBackbone, config: Any
+    ) -> None:
+        patch_size = square_side(config.patch_size, "patch_size")
+        super().__init__(config.to_dict(), config.hidden_size, patch_size)
+        self._backbone_name = backbone_name
+        self.add_module(backbone_name, backbone)
+        self.requires_grad_(False)
+        self.train(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Encode normalised images (B, 3, H, W) to patch tokens (B, N, hidden_size), row by row."""
+        backbone = self._backbone()
+        return backbone(images)[:, backbone.embeddings.num_extra_tokens :]
+
+    def _backbone(self) -> ViTBackbone | SigLIPBackbone:
+        return cast("ViTBackbone | SigLIPBackbone", self.get_submodule(self._backbone_name))
+
+    def _prepare(
+        self,
+        folder: str | Mapping[str, Any],
+        input_size: int | None,
+        anchor: str,
+        image_size: Any,
+    ) -> None:
+        """Load the weights, except on the meta device, and resample the positions.
+
+        Args:
+            folder: local model folder or hub id; or the configuration, on the meta device.
+            input_size: side of the images in pixels; by default ``image_size``.
+            anchor: state-dict key by which the backbone is found in a larger model.
+            image_size: the model's own image size.
+        """
+        backbone = self._backbone()
+        side = (input_size or square_side(image_size, "image_size")) // self.patch_size
+        if side < 1:
+            raise UserError(
+                f"encoder_input_size {input_size} is smaller than a patch ({self.patch_size} "
+                "pixels); choose a multiple of it"
+            )
+        backbone.embeddings.grid = (side, side)
+        if is_meta(self):
+            backbone.embeddings.resample((side, side))
+        elif isinstance(folder, Mapping):
+            raise UserError(
+                "an encoder that is given by its configuration has no weights: give a model "
+                "folder, or build the encoder on the meta device and load its weights"
+            )
+        else:
+            weights = _read_backbone_weights(folder, backbone, anchor)
+            load_strict(backbone, weights, f"the encoder in {folder}")
+
+
+class DINOv2Encoder(BackboneEncoder):
+    """DINOv2 with registers, published as ``Dinov2withNorm`` (Oquab 2023, Darcet 2024).
+
+    Args:
+        dinov2_path: local model folder or hub id; or, on the meta device, the configuration.
+        normalize: omit the affine map of the final norm, as RAE does.
+        input_size: side of the expected images in pixels, for which positions are resampled.
+
+    Raises:
+        UserError: if the folder is missing, contains another type of model, or its weights do not
+            match.
+    """
+
+    def __init__(
+        self,
+        dinov2_path: str | Mapping[str, Any],
+        normalize: bool = True,
+        input_size: int | None = None,
+    ) -> None:
+        values = _read_config(dinov2_path, ("dinov2_with_registers",))
+        config = _parse_config(Dinov2WithRegistersConfig, values, dinov2_path)
+        block = ViTBlockConfig(
+            width=config.hidden_size,
+            num_heads=config.num_attention_heads,
+            mlp_width=int(config.hidden_size * config.mlp_ratio),
+            norm_eps=config.layer_norm_eps,
+            qkv_bias=config.qkv_bias,
+            activation=config.hidden_act,
+        )
+        layers = (
+            DINOv2Layer(block, use_swiglu=config.use_swiglu_ffn)
+            for _ in range(config.num_hidden_layers)
+        )
+        backbone = ViTBackbone(
+            TokenEmbeddings(config, config.num_register_tokens),
+            layers,
+            LayerNorm(block.width, eps=block.norm_eps, elementwise_affine=not normalize),
+        )
+        super().__init__("encoder", backbone, config)
+        self._prepare(dinov2_path, input_size, "embeddings.cls_token", config.image_size)
+
+
+class MAEEncoder(BackboneEncoder):
+    """The encoder of ViT-MAE without masking, published as ``MAEwNorm`` (He et al. 2022).
+
+    Args:
+        model_name: local model folder or hub id; or, on the meta device, the configuration.
+        input_size: side of the expected images in pixels, for which positions are resampled.
+
+    Raises:
+        UserError: if the folder is missing, contains another type of model, or its weights do not
+            match.
+    """
+
+    def __init__(
+        self,
+        model_name: str | Mapping[str, Any] = "facebook/vit-mae-base",
+        input_size: int | None = None,
+    ) -> None:
+        config = _parse_config(ViTMAEConfig, _read_config(model_name, ("vit_mae",)), model_name)
+        block = ViTBlockConfig(
+            width=config.hidden_size,
+            num_heads=config.num_attention_heads,
+            mlp_width=config.intermediate_size,
+            norm_eps=config.layer_norm_eps,
+            qkv_bias=config.qkv_bias,
+            activation=config.hidden_act,
+        )
+        backbone = ViTBackbone(
+            TokenEmbeddings(config, None),
+            (ViTMAELayer(block) for _ in range(config.num_hidden_layers)),
+            LayerNorm(block.width, eps=block.norm_eps, elementwise_affine=False),
+        )
+        super().__init__("model", backbone, config)
+        self._prepare(model_name, input_size, "embeddings.cls_token", config.image_size)
+
+
+class SigLIP2Encoder(BackboneEncoder):
+    """SigLIP2's vision tower, published as ``SigLIP2wNorm`` (Tschannen et al. 2025).
+
+    Args:
+        model_name: local model folder or hub id of a fixed-resolution SigLIP or SigLIP2 model; or,
+            on the meta device, its configuration.
+        num_tokens: ignored; published configurations contain it. The input's grid determines the
+            number of tokens.
+        input_size: side of the expected images in pixels, for which positions are resampled.
+
+    Raises:
+        UserError: if the folder is missing, contains another type of model, or its weights do not
+            match.
+    """
+
+    def __init__(
+        self,
+        model_name: str | Mapping[str, Any],
+        num_tokens: int | None = None,
+        input_size: int | None = None,
+    ) -> None:
+        values = _read_config(model_name, ("siglip", "siglip_vision_model"))
+        config = _parse_config(SiglipVisionConfig, values.get("vision_config", values), model_name)
+        block = ViTBlockConfig(
+            width=config.hidden_size,
+            num_heads=config.num_attention_heads,
+            mlp_width=config.intermediate_size,
+            norm_eps=config.layer_norm_eps,
+            activation=config.hidden_act,
+        )
+        backbone = SigLIPBackbone(
+            PatchEmbeddings(config),
+            (SigLIPLayer(block) for _ in range(config.num_hidden_layers)),
+            LayerNorm(block.width, eps=block.norm_eps, elementwise_affine=False),
+            SigLIPHead(block),
+        )
+        super().__init__("model", backbone, config)
+        self._prepare(
+            model_name, input_size, "embeddings.patch_embedding.weight", config.image_size
+        )
+
+
+def read_image_statistics(folder: str) -> tuple[list[float], list[float]]:
+    """Read the mean and standard deviation, per channel, by which a model normalises images.
+
+    Args:
+        folder: local model folder or hub id.
+
+    Raises:
+        UserError: if the folder has no image-processor configuration, or an incomplete one.
+    """
+    values = read_json(folder, "preprocessor_config.json")
+    if values is None:  # transformers 5 writes it as a section of the processor configuration
+        values = (read_json(folder, "processor_config.json") or {}).get("image_processor")
+    if not values or not {"image_mean", "image_std"} <= values.keys():
+        raise UserError(
+            f"{folder} has no preprocessor_config.json with image_mean and image_std, which "
+            "define the image normalisation; save the model's image processor to this folder"
+        )
+    return values["image_mean"], values["image_std"]
+
+
+def _read_config(folder: str | Mapping[str, Any], model_types: tuple[str, ...]) -> dict[str, Any]:
+    values = dict(folder) if isinstance(folder, Mapping) else read_json(folder, "config.json")
+    if values is None:
+        raise UserError(f"the encoder folder {folder} has no config.json")
+    if values.get("model_type") not in model_types:
+        raise UserError(
+            f"the encoder in {folder} has model_type {values.get('model_type')!r}, but this "
+            f"encoder_cls requires {' or '.join(model_types)}; choose the matching encoder_cls"
+        )
+    return values
+
+
+def _parse_config(
+    config_class: Any, values: dict[str, Any], folder: str | Mapping[str, Any]
+) -> Any:
+    """Parse a configuration with transformers, which adds defaults for missing keys."""
+    try:
+        return config_class.from_dict(values)
+    except (StrictDataclassError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"the config.json of {folder} is not valid: {reason}") from error
+
+
+def _read_backbone_weights(folder: str, backbone: nn.Module, anchor: str) -> dict[str, Tensor]:
+    """Read the weights of the vision backbone, at whatever depth the saved model contains it.
+
+    Args:
+        folder: local model folder or hub id.
+        backbone: the module that the weights are for.
+        anchor: a key of the backbone; what precedes it in the file is the backbone's prefix.
+    """
+    weights = read_weights(folder)
+    prefix = next((k.removesuffix(anchor) for k in weights if k.endswith(anchor)), None)
+    if prefix is None:
+        raise UserError(
+            f"the weights in {folder} have no {anchor}; choose a model that matches encoder_cls"
+        )
+    own = backbone.state_dict().keys()
+    inside = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+    # Keep unexpected embeddings and blocks, so that strict loading reports them; drop heads,
+    # decoders and the affine map of the final norm.
+    backbone_parts = ("embeddings.", "encoder.")
+    extra = ("embeddings.position_ids",)
+    return {
+        k: v
+        for k, v in inside.items()
+        if k in own or (k.startswith(backbone_parts) and k not in extra)
+    }

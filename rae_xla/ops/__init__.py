@@ -1,0 +1,5 @@
+"""Operations with device-specific implementations: the only package that dispatches on a device.
+
+``dispatch`` is the registry of implementations. Models call the operations of ``attention``,
+``rotary``, ``normalization``, ``resize`` and ``random``.
+"""

@@ -1,0 +1,1 @@
+"""The torch backend: one device, or several with FSDP2 and DDP."""

@@ -1,0 +1,292 @@
+"""Private APIs of torch_xla 2.9.0 and torch 2.9.1 that the XLA backend needs.
+
+This is the only module that calls them, so that an upgrade of torch_xla is a review of this file.
+Every function names the public API that is missing. The behaviour was taken from the sources of
+torch_xla 2.9.0 (Python in ``distributed/spmd/xla_sharding.py`` and ``_internal/tpu.py``, C++ in
+``csrc/init_python_bindings.cpp``) and torch 2.9.1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch_xla
+import torch_xla.distributed.spmd as xs
+import torch_xla.experimental.scan
+import torch_xla.runtime as xr
+from torch import Tensor, nn
+from torch._functorch import config as functorch_config
+from torch.nn.utils.stateless import _reparametrize_module
+from torch.utils import _pytree as pytree
+from torch_xla._internal import tpu
+from torch_xla.distributed.spmd.xla_sharding import ShardingType, _get_group_assignment
+
+# ------------------------------------------------------------------------------- TPU host metadata
+
+
+def has_tpu() -> bool:
+    """Return whether this machine has TPU chips.
+
+    ``torch_xla.runtime.device_type`` is public, but it initialises the runtime, which must not
+    happen before its environment variables are set.
+    """
+    return tpu.num_available_chips() > 0
+
+
+def tpu_worker_id() -> int:
+    """Return the number of this host within its TPU slice; no public API reads the metadata."""
+    return int(tpu.worker_id())
+
+
+def tpu_type() -> str:
+    """Return the accelerator type of this host, such as ``v6e``; no public API reads it.
+
+    Raises:
+        OSError: the metadata server does not answer.
+        KeyError: the metadata name no accelerator type.
+    """
+    return str(tpu.get_tpu_type())
+
+
+def tpu_process_0_address() -> str:
+    """Return the address of the host that runs process 0; call it after ``xr.use_spmd``.
+
+    Processes are not numbered in the order of the hosts. The public ``xla://`` rendezvous uses the
+    same function, but it passes no timeout to its store.
+    """
+    return str(tpu.discover_master_worker_ip())
+
+
+# ------------------------------------------------------------------------------- tracing
+
+
+@contextmanager
+def execution_forbidden() -> Iterator[None]:
+    """Make any execution of a graph inside the context an error.
+
+    ``torch_xla.compile(full_graph=True)`` does this too, but waits for the devices before it
+    traces, which would keep the host from tracing a step while the previous one is computed.
+    """
+    torch_xla._XLAC._set_allow_execution(False)
+    try:
+        yield
+    finally:
+        torch_xla._XLAC._set_allow_execution(True)
+
+
+def tensor_id(tensor: Tensor) -> int:
+    """Return torch_xla's identifier of an XLA tensor, which in-place operations keep."""
+    return int(torch_xla._XLAC._xla_get_tensor_id(tensor))
+
+
+def tensor_handles(tensors: Sequence[Tensor]) -> list[Any]:
+    """Return a handle of the device data behind each tensor; equal for equal data."""
+    return list(torch_xla._XLAC._get_tensors_handle(list(tensors)))
+
+
+def graph_inputs(outputs: Sequence[Tensor]) -> list[Tensor]:
+    """Return the device tensors that the pending graph of ``outputs`` reads, in parameter order."""
+    _, tensors = torch_xla._XLAC._get_tensors_xla_device_data_node(list(outputs))
+    return list(tensors)
+
+
+def graph_hlo_text(outputs: Sequence[Tensor]) -> str:
+    """Return the pending graph of ``outputs`` as HLO text, before partitioning.
+
+    Public are only environment variables that dump graphs when they are executed.
+    """
+    return str(torch_xla._XLAC._get_xla_tensors_hlo(list(outputs)))
+
+
+def graph_hlo_proto(outputs: Sequence[Tensor]) -> bytes:
+    """Return the pending graph of ``outputs`` as a serialised HLO module, before partitioning."""
+    return cast("bytes", torch_xla._XLAC._get_xla_tensors_hlo_proto(list(outputs)))
+
+
+def pretend_device_count(count: int) -> None:
+    """Make ``xr.global_runtime_device_count`` return ``count`` for the rest of the process.
+
+    A process has at most 127 virtual CPU devices. A graph for more can be traced, though not
+    executed: meshes use only this number. There is no public way to describe devices
+    that do not exist.
+    """
+    vars(xr)["global_runtime_device_count"] = lambda: count
+
+
+# ------------------------------------------------------------------------------- sharding
+
+
+def sharding_spec(
+    mesh: xs.Mesh, spec: tuple[Any, ...], axis_sizes: Mapping[str, int], *, minibatch: bool
+) -> xs.ShardingSpec:
+    """Return the sharding of a transfer from the host, with its replication groups.
+
+    torch_xla 2.9.0 assumes that a spec without None names every axis of the mesh. The private
+    fields are set for the specs that do not, whose tensors are replicated over the other axes.
+    """
+    sharding = xs.ShardingSpec(mesh, spec, minibatch=minibatch)
+    named = [
+        axis for entry in spec for axis in ([entry] if isinstance(entry, str) else entry or ())
+    ]
+    shards = math.prod(axis_sizes[axis] for axis in named)
+    if None not in spec and shards < mesh.size():
+        sharding._sharding_type = ShardingType.PARTIAL
+        sharding._group_assignment, sharding._replication_groups = _get_group_assignment(
+            ShardingType.PARTIAL, np.array(sharding._tile_assignment), len(spec), set()
+        )
+    return sharding
+
+
+def sharding_text(tensor: Tensor) -> str:
+    """Return the sharding of an XLA tensor in XLA's notation, such as ``{devices=[4,1]...}``.
+
+    The public ``XLAShardedTensor.sharding_spec`` requires a wrapped tensor.
+    """
+    return str(torch_xla._XLAC._get_xla_sharding_spec(tensor))
+
+
+def annotate_sharding(tensor: Tensor, op_sharding: Any) -> None:
+    """Annotate a tensor in place with the result of ``xs.Mesh.get_op_sharding``.
+
+    The public ``xs.annotate_custom_sharding`` wraps its result in an ``XLAShardedTensor``. A step
+    makes a thousand annotations, on the host thread that keeps the devices busy.
+    """
+    torch_xla._XLAC._xla_annotate_custom_sharding(tensor, op_sharding)
+
+
+def to_local_shards(tensor: Tensor) -> Tensor:
+    """Begin manual partitioning: return each device's shard of an annotated tensor.
+
+    The public ``xs.enable_manual_sharding`` marks its argument in place, which changes a parameter
+    for the rest of the run.
+    """
+    return cast("Tensor", torch_xla._XLAC._spmd_full_to_shard_shape(tensor))
+
+
+def to_global_tensor(shard: Tensor, op_sharding: Any, shape: Sequence[int]) -> Tensor:
+    """End manual partitioning: return the tensor of ``shape`` that the devices hold shards of.
+
+    The public ``xs.disable_manual_sharding`` returns an ``XLAShardedTensor``, which custom
+    operators cannot return.
+    """
+    manual = torch_xla._XLAC.OpSharding([], [], [], ShardingType.MANUAL)
+    torch_xla._XLAC._mark_manual_sharding(shard, manual)
+    found = torch_xla._XLAC._spmd_shard_to_full_shape(
+        shard, op_sharding, torch.Size(shape), shard.dtype
+    )
+    return cast("Tensor", found)
+
+
+def reduce_scatter_shards(shard: Tensor, groups: list[list[int]]) -> Tensor:
+    """Sum shards over each group of devices and scatter the sum along the first dimension.
+
+    For manually partitioned tensors. The public ``xm.reduce_scatter`` is for one process per
+    device; there is no public collective for SPMD.
+    """
+    size = len(groups[0])
+    found = torch_xla._XLAC._xla_spmd_reduce_scatter("sum", shard, 1.0, 0, size, groups)
+    return cast("Tensor", found)
+
+
+def all_reduce_shards(shard: Tensor, groups: list[list[int]]) -> Tensor:
+    """Sum shards over each group of devices; see ``reduce_scatter_shards``."""
+    return cast("Tensor", torch_xla._XLAC._xla_spmd_all_reduce("sum", shard, 1.0, groups))
+
+
+@dataclass(frozen=True)
+class DeviceShard:
+    """The shard of a tensor that one device of this process holds.
+
+    Attributes:
+        data: a copy on the CPU, padded where the tensor does not divide evenly.
+        device: name of the device.
+        replica: 0 for the first device that holds this shard, counted over all processes.
+        index: a slice for each dimension of the global tensor; None if the device holds all of it.
+    """
+
+    data: Tensor
+    device: str
+    replica: int
+    index: tuple[slice, ...] | None
+
+
+def device_shards(tensors: Sequence[Tensor]) -> list[list[DeviceShard]]:
+    """Copy the shards of this process's devices to the CPU; the devices must be idle.
+
+    The public ``XLAShardedTensor.local_shards`` copies one tensor at a time and requires wrapped
+    tensors.
+    """
+    unwrapped = list(tensors)
+    data = torch_xla._XLAC._get_local_shards(unwrapped)
+    places = torch_xla._XLAC._get_local_shard_replica_and_indices(unwrapped)
+    return [
+        [
+            DeviceShard(shard, device, replica, None if index is Ellipsis else tuple(index))
+            for (shard, device), (replica, index) in zip(of_data, of_places, strict=True)
+        ]
+        for of_data, of_places in zip(data, places, strict=True)
+    ]
+
+
+# ------------------------------------------------------------------------------- custom kernels
+
+
+def call_computation(name: str, tensors: Sequence[Tensor], computation: Any) -> list[Tensor]:
+    """Insert an XLA computation into the graph and return its results.
+
+    The public ``xb.call_jax`` takes a jax function, which it lowers for the devices of the process;
+    ``rae-xla plan`` needs a computation for a TPU that is not present.
+    """
+    return list(torch_xla._XLAC._xla_user_computation(name, tensors, computation))
+
+
+# ------------------------------------------------------------------------------- scan
+
+
+def leave_scan_shardings_to_caller() -> None:
+    """Keep ``torch_xla.experimental.scan`` from sharding the gradients of its inputs.
+
+    It would shard each gradient like its input with a jax function, which needs torchax and flax.
+    The XLA backend annotates gradients where the weights are used. The function is a module global
+    of ``scan`` and there is no option to disable it.
+    """
+    torch_xla.experimental.scan.shard_as = lambda a, b: (a, b)
+
+
+def minimal_activation_memory() -> AbstractContextManager[Any]:
+    """Make ``min_cut_rematerialization_partition`` save nothing but the inputs of a function.
+
+    ``torch._functorch.config.activation_memory_budget`` is documented by the PyTorch blog on
+    activation checkpointing, but the module is private.
+    """
+    return cast("AbstractContextManager[Any]", functorch_config.patch(activation_memory_budget=0.0))
+
+
+def call_with_parameters(
+    module: nn.Module,
+    forward: Callable[..., Any],
+    parameters: Mapping[str, Tensor],
+    inputs: Sequence[Any],
+) -> Any:
+    """Call ``forward``, a method of ``module``, with other tensors in place of its parameters.
+
+    The public ``torch.func.functional_call`` calls the module itself: its hooks would run twice,
+    and a replaced ``forward`` would call itself.
+    """
+    with _reparametrize_module(module, dict(parameters)):
+        return forward(*inputs)
+
+
+def flatten_inputs(inputs: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
+    """Flatten nested inputs to their leaves, and return the function that nests leaves again.
+
+    torch has no public pytree API for Python containers in 2.9.
+    """
+    leaves, structure = pytree.tree_flatten(inputs)
+    return leaves, lambda found: pytree.tree_unflatten(list(found), structure)

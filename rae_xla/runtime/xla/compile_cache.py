@@ -1,0 +1,46 @@
+"""Persistent cache of compiled XLA programs, so that a restart does not compile again."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from pathlib import Path
+
+from rae_xla.errors import UserError
+
+
+def open_cache(folder: str, worker: int) -> None:
+    """Store compiled programs in ``folder/host-<worker>``; call it before anything is compiled.
+
+    Every host has a folder, because hosts that share a disk would corrupt each other's files.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    own = Path(folder).expanduser() / f"host-{worker}"
+    probe = own / f".probe-{uuid.uuid4().hex[:8]}"
+    try:
+        own.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"runtime.compile_cache: {own} cannot be written ({error.strerror}); name a folder on "
+            "a local disk, or remove the setting"
+        ) from error
+    import torch_xla.runtime as xr
+
+    xr.initialize_cache(os.fspath(own), readonly=False)
+
+
+def cache_warnings() -> list[str]:
+    """Return a message if cached programs could not be loaded, else nothing."""
+    import torch_xla.debug.metrics as met
+
+    failed = met.counter_value("PersistentCacheDeserializeFailure")
+    if not failed:
+        return []
+    return [
+        f"runtime.compile_cache: {failed} compiled programs were found, but this torch_xla "
+        "cannot load the programs that it stores (pytorch/xla issue 9094); they were compiled again"
+    ]

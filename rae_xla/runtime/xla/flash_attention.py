@@ -1,0 +1,189 @@
+"""Flash attention on TPU: the attention weights of long sequences stay in on-chip memory.
+
+The kernels are jax's splash attention in Pallas (after Dao et al. 2022, "FlashAttention"). jax
+lowers them to XLA computations that become a part of torch_xla's graph; nothing is executed by jax.
+The SPMD partitioner cannot split a kernel, so each device calls it on its rows and heads.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rae_xla.errors import UserError
+from rae_xla.runtime.mesh import AXES, BATCH
+from rae_xla.runtime.sharding import PartitionSpec, without_single_axes
+from rae_xla.runtime.xla import compat
+from rae_xla.runtime.xla.spmd_mesh import SpmdMesh
+
+AUTO_TOKENS = 1024
+"""Number of tokens from which ``runtime.attention: auto`` uses the kernels."""
+
+JAX_VERSION = "0.7.1"
+"""The jax that torch_xla 2.9 is built against; its internals are used (see ``flash_kernels``)."""
+
+
+def minimum_tokens(setting: str, precision: str, *, tpu: bool) -> int | None:
+    """Return the number of tokens from which attention uses the kernels; None for never.
+
+    Args:
+        setting: ``runtime.attention``.
+        precision: ``runtime.precision``.
+        tpu: whether the run computes on TPUs.
+
+    Raises:
+        UserError: the setting requires the kernels, and they are not available.
+    """
+    problem = ""
+    if not tpu:
+        problem = "its kernels run only on TPUs, and this machine has none"
+    elif installed_version("jax") != JAX_VERSION:
+        problem = (
+            f"its kernels need jax {JAX_VERSION}, not {installed_version('jax')}: "
+            f"pip install jax=={JAX_VERSION}"
+        )
+    elif precision != "bf16":
+        problem = f"its kernels compute in bf16, and runtime.precision is {precision}"
+    if setting == "flash" and problem:
+        raise UserError(f"runtime.attention is flash, but {problem} (or set it to auto)")
+    if setting == "plain" or problem:
+        return None
+    return 0 if setting == "flash" else AUTO_TOKENS
+
+
+def installed_version(package: str) -> str | None:
+    """Return the version of an installed package; None if it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+class FlashAttention:
+    """An implementation of ``rae_xla.ops.attention`` for XLA devices.
+
+    Args:
+        mesh: of the run; it must be torch_xla's global mesh.
+        minimum_tokens: number of tokens from which the kernels are used.
+        interpret: run the arithmetic of the kernels on a CPU, for tests.
+    """
+
+    def __init__(self, mesh: SpmdMesh, minimum_tokens: int, *, interpret: bool = False) -> None:
+        from rae_xla.runtime.xla import flash_kernels  # requires jax
+
+        self._lanes = flash_kernels.LANES
+        self._minimum_tokens, self._interpret = minimum_tokens, interpret
+        self._shards = [mesh.shard_count(entry) for entry in _attention_spec(mesh)]
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor | None:
+        """Compute softmax(q kᵀ / √d) v.
+
+        Args:
+            query: (B, heads, N, d); all three tensors have the same dtype.
+            key: like ``query``.
+            value: like ``query``.
+
+        Returns:
+            (B, heads, N, d). None if the kernels do not support the shapes: N is below the minimum
+            or not a multiple of 128, lengths differ, or B and heads do not divide by the mesh.
+        """
+        tokens = query.shape[2]
+        even = all(size % n == 0 for size, n in zip(query.shape, self._shards, strict=False))
+        if tokens < self._minimum_tokens or tokens % self._lanes or not even:
+            return None
+        if key.shape != query.shape or value.shape != query.shape:
+            return None
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)):
+            result: Tensor = _FlashAttention.apply(query, key, value, self._interpret)
+            return result
+        return _flash_forward(query, key, value, False, self._interpret)[0]
+
+
+def _attention_spec(mesh: SpmdMesh) -> PartitionSpec:
+    """The spec of attention's tensors: rows over the batch axes, heads over ``tensor``."""
+    sizes = {axis: mesh.axis_sizes.get(axis, 1) for axis in AXES}
+    return without_single_axes((BATCH, "tensor"), sizes)
+
+
+def _call_kernel(
+    function: Callable[..., Any], tensors: Sequence[Tensor], interpret: bool
+) -> list[Tensor]:
+    """Call a function of ``flash_kernels`` on each device's shards of ``tensors``."""
+    from rae_xla.runtime.xla import flash_kernels
+
+    mesh = SpmdMesh.current()
+    spec = _attention_spec(mesh)
+    if any(spec):
+        tensors = [mesh.local_shards(tensor, spec) for tensor in tensors]
+    computation = flash_kernels.computation(function, tensors, interpret)
+    results = compat.call_computation("rae_xla::flash", tensors, computation)
+    return [mesh.global_tensor(result, spec) for result in results] if any(spec) else results
+
+
+class _FlashAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, interpret: bool) -> Tensor:
+        result, log_sums = _flash_forward(query, key, value, True, interpret)
+        ctx.interpret = interpret
+        ctx.save_for_backward(query, key, value, result, log_sums)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return *_flash_backward(*ctx.saved_tensors, gradient, ctx.interpret), None
+
+
+# Custom operators, which the graph of a scan over blocks can hold. Their arguments can only be
+# tensors, numbers and text: the mesh is torch_xla's global one.
+
+
+@torch.library.custom_op("rae_xla::flash_forward", mutates_args=())
+def _flash_forward(
+    query: Tensor, key: Tensor, value: Tensor, training: bool, interpret: bool
+) -> list[Tensor]:
+    """Return the result of attention and, in training, the logarithms of the softmax's sums."""
+    from rae_xla.runtime.xla import flash_kernels
+
+    function = flash_kernels.forward if training else flash_kernels.result
+    return _call_kernel(function, [query, key, value], interpret)
+
+
+@torch.library.custom_op("rae_xla::flash_backward", mutates_args=())
+def _flash_backward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    result: Tensor,
+    log_sums: Tensor,
+    gradient: Tensor,
+    interpret: bool,
+) -> list[Tensor]:
+    """Return the gradients of query, key and value."""
+    from rae_xla.runtime.xla import flash_kernels
+
+    tensors = [query, key, value, result, log_sums, gradient]
+    return _call_kernel(flash_kernels.backward, tensors, interpret)
+
+
+@_flash_forward.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, training: bool, interpret: bool) -> list[Tensor]:
+    result = torch.empty_like(query)
+    log_sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
+    return [result, log_sums] if training else [result]
+
+
+@_flash_backward.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    result: Tensor,
+    log_sums: Tensor,
+    gradient: Tensor,
+    interpret: bool,
+) -> list[Tensor]:
+    return [torch.empty_like(tensor) for tensor in (query, key, value)]

@@ -1,0 +1,1 @@
+"""Prediction of a run on TPUs without a TPU: memory, FLOPs, communication, time and cost."""

@@ -1,0 +1,1 @@
+"""HTML report of one or several runs, from their results folders."""

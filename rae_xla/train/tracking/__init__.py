@@ -1,0 +1,1 @@
+"""Metrics on the console, in metrics.jsonl and on Weights & Biases."""
