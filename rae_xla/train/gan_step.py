@@ -36,7 +36,7 @@ from rae_xla.train.train_step import (
 if TYPE_CHECKING:
     from rae_xla.config import GanConfig, TrainingConfig
 
-Metrics = dict[str, Tensor]
+StepMetrics = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def make_gan_step(
     decoder = _DecoderUpdate(networks, state, phase, training, gan, backend)
     discriminator = _DiscriminatorUpdate(networks, state, training, gan, backend)
 
-    def step(batch: Batch) -> Metrics:
+    def step(batch: Batch) -> StepMetrics:
         micro_batches = []
         for rows in split_micro_batches(batch, training.grad_accum_steps):
             images = to_unit(rows["image"])
@@ -156,7 +156,7 @@ class _DecoderUpdate:
     gan: GanConfig
     backend: Backend
 
-    def __call__(self, micro_batches: list[_MicroBatch], batch: Batch) -> Metrics:
+    def __call__(self, micro_batches: list[_MicroBatch], batch: Batch) -> StepMetrics:
         trained, training = self.state.model, self.training
         clear_gradients(trained)
         shares = []
@@ -177,7 +177,7 @@ class _DecoderUpdate:
         update_ema(self.state.ema, trained.module, training.ema_decay, self.backend.local_shards)
         return metrics
 
-    def _backward(self, micro_batch: _MicroBatch, share: float) -> Metrics:
+    def _backward(self, micro_batch: _MicroBatch, share: float) -> StepMetrics:
         """Accumulate the decoder's gradient of a micro-batch; returns its metrics.
 
         The gradients of both losses are computed with respect to the image first. Their gradients
@@ -261,7 +261,7 @@ class _DiscriminatorUpdate:
     gan: GanConfig
     backend: Backend
 
-    def __call__(self, micro_batches: list[_MicroBatch], batch: Batch, number: int) -> Metrics:
+    def __call__(self, micro_batches: list[_MicroBatch], batch: Batch, number: int) -> StepMetrics:
         trained = self.state.disc
         assert trained is not None
         clear_gradients(trained)
@@ -280,7 +280,7 @@ class _DiscriminatorUpdate:
         )
         return metrics
 
-    def _backward(self, micro_batch: _MicroBatch, number: int, share: float) -> Metrics:
+    def _backward(self, micro_batch: _MicroBatch, number: int, share: float) -> StepMetrics:
         """Accumulate the discriminator's gradient of a micro-batch; returns its metrics."""
         fake = self._logits(
             _to_8_bits(_to_signed(self._reconstruct(micro_batch))), "fake", number, micro_batch
@@ -314,7 +314,7 @@ class _DiscriminatorUpdate:
             return torch.compiler.disable(disc.heads_forward)(features)
 
 
-def _averaged(shares: Sequence[Metrics], backend: Backend) -> Metrics:
+def _averaged(shares: Sequence[StepMetrics], backend: Backend) -> StepMetrics:
     """Return the metrics of the global batch, from those of this process's micro-batches."""
     means = {name: torch.stack([share[name] for share in shares]).mean(0) for name in shares[0]}
     return dict(zip(means, backend.global_mean(list(means.values())), strict=True))
