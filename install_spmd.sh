@@ -11,7 +11,8 @@ usage: bash install_spmd.sh [--accelerator tpu|cuda|cpu] [--python PYTHON] [--ve
                          tpu   torch_xla with libtpu
                          cuda  plain torch (torch_xla has no CUDA backend)
                          cpu   torch_xla on virtual CPU devices, and plain torch
-  --python PYTHON      a version (3.12), a command or a path; default: the newest of 3.10 to 3.12
+  --python PYTHON      a version (3.12), a command or a path; default: the newest of 3.10 to 3.12, for tpu 3.12
+                       or 3.11, installed with uv if there is neither
   --venv DIR           directory of the environment (default: .venv)
   --check              install nothing; exit with status 0 if the environment is complete, 1 otherwise
 
@@ -90,7 +91,9 @@ if [[ -n $requested_python ]]; then
 elif [[ -n $installed_python && -x $installed_python ]]; then
     python=$installed_python
 else
-    python=$(find_python) ||
+    search=find_python
+    [[ $accelerator != tpu ]] || $check_only || search=tpu_python
+    python=$("$search") ||
         fail "found no Python 3.10 to 3.12 with pip: install one (on Debian or Ubuntu: apt-get install python3 python3-pip), or select one with --python"
 fi
 

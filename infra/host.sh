@@ -61,8 +61,7 @@ case $verb in
             cmp -s "$run/command.new" "$run/command" || fail "another run is active on this host: stop it first (infra/stop.sh)"
             info "already running" && exit
         fi
-        mv "$run/command.new" "$run/command"
-        rm -f "$run/status" "$run/stop" "$run/pid"
+        mv "$run/command.new" "$run/command" && rm -f "$run/status" "$run/stop" "$run/pid"
         tmux new-session -d -s "$session" "bash infra/host.sh $node run"
         info "started; log: $run/log"
         ;;
@@ -78,6 +77,7 @@ case $verb in
         echo "$status" >"$run/status.new" && mv "$run/status.new" "$run/status"
         ;;
     state) report ;;
+    free) bash infra/free_tpu.sh "$@" 2>&1 | sed -u "s|^|$me: |" ;;
     log) tail -n "$1" ${2:+"$2"} "$run/log" | sed -u "s|^|$me: |" ;;
     stop | end) # SECONDS: SIGTERM, on which a run saves; SIGKILL after that time. `stop` also marks the run as stopped.
         if alive; then

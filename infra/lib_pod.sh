@@ -44,7 +44,6 @@ tpus() {
     local command=(gcloud compute tpus "$@" --zone="$ZONE" --project="$PROJECT" --quiet)
     if $dry_run; then quoted "${command[@]}" && echo; else "${command[@]}"; fi
 }
-
 # query RESOURCE NAME FIELD: print the value, "none" (no such resource) or "unknown" (no answer).
 query() {
     local answer
@@ -66,18 +65,19 @@ pod_state() {
     echo "$state ${states[*]}"
 }
 
-# on_host NODE WORKER COMMAND: run it over ssh, without the progress messages of gcloud.
+# on_host NODE WORKER COMMAND [OPTION...]: run it over ssh, without the progress messages of gcloud.
 on_host() {
-    tpus tpu-vm ssh "$1" --worker="$2" --command="$3" \
+    tpus tpu-vm ssh "$1" --worker="$2" --command="$3" "${@:4}" \
         2> >(grep --line-buffered -vE '^(SSH: Attempting|Using ssh batch size)' >&2)
 }
 wait_for() { local job status=0 && for job; do wait "$job" || status=$?; done && return "$status"; }
 
-# on_hosts WORKER COMMAND...: run infra/host.sh on one worker of each node, or on `all`, in parallel.
+# on_hosts WORKER COMMAND...: run infra/host.sh on one worker of each node, or on `all`, in parallel. (Not 64 at
+# a time, gcloud's default: the hosts of a run wait for each other.)
 on_hosts() {
     local node jobs=()
     for node in "${nodes[@]}"; do
-        on_host "$node" "$1" "bash rae_xla/infra/host.sh $(quoted "$node" "${@:2}")" </dev/null &
+        on_host "$node" "$1" "bash rae_xla/infra/host.sh $(quoted "$node" "${@:2}")" --batch-size=all </dev/null &
         jobs+=($!)
     done
     wait_for "${jobs[@]}"

@@ -13,8 +13,8 @@ usage: bash infra/watch.sh [--delete] [--every=SECONDS] [--dry-run] [--env=FILE]
   --every=SECONDS   time between two checks (default: 60)
   --dry-run         print the commands of a first start without running them
 
-Exits with status 0 when all hosts did, 75 after infra/stop.sh, 2 when the run reports a user error, and
-1 after five failures without progress. All starts use one commit. Log: results/pods/NAME.journal.
+Exits with status 0 when all hosts did, 75 after infra/stop.sh, 2 when the run reports a user error, and 1 after
+5 failures without progress (12 if hosts only lost a connection). Log: results/pods/NAME.journal.
 TEXT
 }
 delete=false every=60
@@ -49,14 +49,14 @@ begin() {
 }
 of() { grep -cE "^[^ ]+ ($1) " <<<"$hosts" || true; } # STATE: the number of hosts in it
 check_hosts() { # read their states and act on them
-    local hosts count=0 node some all running idle stopped complete again wrong failed step
+    local hosts count=0 node some all running idle stopped complete again wrong lost failed step
     for node in "${nodes[@]}"; do
         some=$(query tpu-vm "$node" "networkEndpoints.len()")
         [[ $some =~ ^[1-9][0-9]*$ ]] && count=$((count + some)) || return 0
     done
     hosts=$(on_hosts all state 2>/dev/null) || true
     all=$(of '.*') running=$(of 'running -') idle=$(of 'idle -') stopped=$(of 'stopped [-0-9]+')
-    complete=$(of 'ended 0') again=$(of 'ended 75') wrong=$(of 'ended 2')
+    complete=$(of 'ended 0') again=$(of 'ended 75') wrong=$(of 'ended 2') lost=$(of 'ended 77')
     failed=$((all - running - idle - stopped - complete - again - wrong))
     note_change "hosts: $all of $count answer: $running running, $idle idle, $complete complete, $again to restart, $((failed + wrong)) failed, $stopped stopped" last_hosts
     step=$(awk -v best="$best" '$4 + 0 > best { best = $4 } END { print best }' <<<"$hosts")
@@ -79,8 +79,8 @@ check_hosts() { # read their states and act on them
         note "the remaining hosts do not exit: killed" && on_hosts all end 60 || true
     elif ((stopped)); then
         finish 75 "stopped at step $best, by infra/stop.sh"
-    elif ((failed && ++failures >= 5)); then
-        finish 1 "failed five times at step $best: see infra/logs.sh --all; the pod was not deleted"
+    elif ((failed && ++failures >= (failed == lost ? 12 : 5))); then # 12: an outage of almost two hours
+        finish 1 "failed $failures times at step $best: see infra/logs.sh --all; the pod was not deleted"
     else
         ((failed == 0)) || retry "the run failed ($failures)"
         begin

@@ -53,6 +53,23 @@ find_python() {
     return 1
 }
 
+# tpu_python: print the path of a Python that can run jax, which has the flash attention of TPUs and needs
+# 3.11. The image of TPU VMs has 3.10; uv installs 3.12 for this user then, and is itself installed with
+# pip if necessary. Where that fails, print the newest Python there is.
+tpu_python() {
+    local found uv=uv folder=${XDG_CACHE_HOME:-$HOME/.cache}/rae_xla/uv
+    found=$(find_python 3.12 || find_python 3.11) && echo "$found" && return
+    found=$(find_python) || return 1
+    info "Python 3.12 is being installed: flash attention needs it" >&2
+    if ! command -v uv >/dev/null; then
+        uv=$folder/bin/uv
+        [[ -x $uv ]] || "$found" -m pip install --quiet --target "$folder" uv >&2 || true
+    fi
+    "$uv" python install 3.12 >&2 && "$uv" python find --system 3.12 && return
+    info "note: Python 3.12 could not be installed: attention will be slower on long sequences" >&2
+    echo "$found"
+}
+
 # list_pythons MINOR...: print candidates, the preferred ones first.
 list_pythons() {
     local minor

@@ -61,23 +61,27 @@ test_plain() {
 }
 
 # test_xla MARKS FILES...: a process for each file, because the number of devices and the flags of the
-# compiler are fixed once torch_xla has started. Most files of tests/integration share one process:
-# they do not use torch_xla themselves, but start command lines.
+# compiler are fixed once torch_xla has started, as is SPMD. Two groups share a process each: most
+# files of tests/integration, which do not use torch_xla themselves but start command lines, and
+# those of tests/models, which use one device without SPMD.
 test_xla() {
-    local marks=$1 file shared=()
+    local marks=$1 file runs=() models=()
     shift
     export PJRT_DEVICE=CPU CPU_NUM_DEVICES=4
     for file; do
         case $file in
             *gan*_xla.py* | *evaluate*_xla.py*) xla_process "$file" "" "$marks" "$file" ;;
-            tests/integration/*) shared+=("$file") ;;
+            tests/integration/*) runs+=("$file") ;;
+            tests/models/*) models+=("$file") ;;
         esac
     done
-    ((${#shared[@]} == 0)) ||
-        xla_process "tests/integration, other files" "$no_optimisation" "$marks" "${shared[@]}"
+    ((${#runs[@]} == 0)) ||
+        xla_process "tests/integration, other files" "$no_optimisation" "$marks" "${runs[@]}"
+    ((${#models[@]} == 0)) ||
+        xla_process "tests/models, other files" "$no_optimisation" "$marks" "${models[@]}"
     for file; do
         case $file in
-            *gan*_xla.py* | *evaluate*_xla.py* | tests/integration/*) ;;
+            *gan*_xla.py* | *evaluate*_xla.py* | tests/integration/* | tests/models/*) ;;
             *) xla_process "$file" "$no_optimisation" "$marks" "$file" ;;
         esac
     done

@@ -4,6 +4,9 @@ A checkpoint is a folder ``step-00001000`` with sharded tensors (see ``format``)
 ``manifest.json``, which records the step, the run (see ``provenance``), and the size and SHA-256 of
 every file. The manifest is written last and commits the checkpoint: a folder without one is ignored
 by all readers and deleted by the next save.
+
+A checkpoint that is no longer kept is deleted, or reduced to its power-function averages (see
+``posthoc_ema``): its folder then has ``averages.json`` in place of the manifest.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from rae_xla import storage
 from rae_xla.checkpoint.format import THREADS, FileFacts, Folder, part_of_file
 from rae_xla.errors import UserError
 from rae_xla.progress import progress_bar
+from rae_xla.storage.staging import staged_input
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -31,6 +35,12 @@ if TYPE_CHECKING:
     from rae_xla.config import RunConfig
 
 MANIFEST_FILE = "manifest.json"
+AVERAGES_FILE = "averages.json"
+"""The manifest of a checkpoint that was reduced to its power-function averages."""
+
+AVERAGE_PREFIX = "power_ema_"
+"""Start of the names of the parts that hold such averages; the width follows."""
+
 MANIFEST_FORMAT = 1
 UNFINISHED_SUFFIX = ".unfinished"
 CHECKPOINTS_FOLDER = "checkpoints"
@@ -69,14 +79,14 @@ class Checkpoint:
         return self.path
 
 
-def checkpoints_folder(config: RunConfig, results: Path) -> str:
+def checkpoints_folder(config: RunConfig, results: str | Path) -> str:
     """Return the folder of a run's checkpoints.
 
     Args:
         config: of the run.
-        results: its results folder.
+        results: its results folder, local or ``gs://``.
     """
-    return config.checkpoint.dir or str(results / CHECKPOINTS_FOLDER)
+    return config.checkpoint.dir or storage.join(str(results), CHECKPOINTS_FOLDER)
 
 
 def checkpoint_path(folder: str, step: int) -> str:
@@ -141,23 +151,29 @@ def newest_checkpoint(path: str | Path) -> Checkpoint:
 
 def _configured_folder(results: str) -> str | None:
     """Return ``checkpoint.dir`` of the run with these results, if it set one."""
-    if storage.is_remote(results) or not (config := Path(results) / "config.yaml").is_file():
+    path = storage.join(results, "config.yaml")
+    if not storage.exists(path):
         return None
     from rae_xla.config import load_config
 
-    return load_config(str(config)).checkpoint.dir
+    with staged_input(path) as file:
+        return load_config(file).checkpoint.dir
 
 
-def read_checkpoint_manifest(checkpoint: Checkpoint) -> dict[str, Any]:
+def read_checkpoint_manifest(checkpoint: Checkpoint, name: str = MANIFEST_FILE) -> dict[str, Any]:
     """Return the content of a checkpoint's manifest.
+
+    Args:
+        checkpoint: to read.
+        name: ``MANIFEST_FILE``, or ``AVERAGES_FILE`` of one that was reduced.
 
     Raises:
         BrokenCheckpointError: if the manifest is missing or damaged.
         UserError: if a later version wrote it.
         OSError: if a bucket cannot be reached.
     """
-    with broken_if_unreadable(checkpoint, MANIFEST_FILE):
-        content = checkpoint.folder.read_bytes(MANIFEST_FILE)
+    with broken_if_unreadable(checkpoint, name):
+        content = checkpoint.folder.read_bytes(name)
     try:
         manifest = json.loads(content)
         version = manifest["format"]
@@ -171,9 +187,7 @@ def read_checkpoint_manifest(checkpoint: Checkpoint) -> dict[str, Any]:
             f"{MANIFEST_FORMAT}: use the version that wrote it"
         )
     if not valid:
-        raise BrokenCheckpointError(
-            f"checkpoint {checkpoint} is broken: {MANIFEST_FILE} is damaged"
-        )
+        raise BrokenCheckpointError(f"checkpoint {checkpoint} is broken: {name} is damaged")
     return dict(manifest)
 
 
@@ -232,6 +246,12 @@ def _verify_file(
         raise BrokenCheckpointError(f"{broken} does not match its checksum in {MANIFEST_FILE}")
 
 
+def unlisted_files(checkpoint: Checkpoint, manifest: Mapping[str, Any]) -> list[str]:
+    """Return the names of files in a checkpoint's folder that its manifest does not list."""
+    listed = {*manifest["files"], MANIFEST_FILE, AVERAGES_FILE}
+    return sorted(storage.list_files(checkpoint.path).keys() - listed)
+
+
 @contextlib.contextmanager
 def broken_if_unreadable(checkpoint: Checkpoint, name: str) -> Iterator[None]:
     """Turn the error of reading a file into ``BrokenCheckpointError``.
@@ -273,7 +293,8 @@ def prepare_folder(folder: str, path: str) -> None:
     for incomplete in incomplete_checkpoints(folder):
         delete_checkpoint(incomplete)
     target = saving_path(path)
-    if target == path and storage.exists(storage.join(path, MANIFEST_FILE)):
+    committed = (storage.join(path, name) for name in (MANIFEST_FILE, AVERAGES_FILE))
+    if target == path and any(map(storage.exists, committed)):
         delete_checkpoint(path)
     storage.make_folder(target)
 
@@ -317,7 +338,7 @@ def _sync_folder(path: str) -> None:
 
 
 def delete_checkpoint(path: str) -> None:
-    """Delete a complete or incomplete checkpoint.
+    """Delete a complete, reduced or incomplete checkpoint.
 
     The manifest goes first, so that an interruption leaves an incomplete checkpoint rather than a
     broken one.
@@ -326,7 +347,7 @@ def delete_checkpoint(path: str) -> None:
         OSError: if that fails.
     """
     files = storage.list_files(path)
-    for name in sorted(files, key=lambda name: name != MANIFEST_FILE):
+    for name in sorted(files, key=lambda name: name not in (MANIFEST_FILE, AVERAGES_FILE)):
         with contextlib.suppress(FileNotFoundError):
             storage.remove(storage.join(path, name))
     if not storage.is_remote(path):
@@ -340,7 +361,9 @@ def incomplete_checkpoints(folder: str) -> list[str]:
         path = storage.join(folder, name)
         if _FOLDER_NAME.fullmatch(name.removesuffix(UNFINISHED_SUFFIX)) and (
             name.endswith(UNFINISHED_SUFFIX)
-            or not storage.exists(storage.join(path, MANIFEST_FILE))
+            or not any(
+                storage.exists(storage.join(path, f)) for f in (MANIFEST_FILE, AVERAGES_FILE)
+            )
         ):
             found.append(path)
     return sorted(found)

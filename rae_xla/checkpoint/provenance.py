@@ -26,7 +26,7 @@ from rae_xla.checkpoint.manager import (
 from rae_xla.models.pretrained import fingerprint as fingerprints
 from rae_xla.models.pretrained.components import AutoencoderBase
 from rae_xla.models.pretrained.fingerprint import DIT, ENCODER, STATISTICS
-from rae_xla.models.pretrained.latent_statistics import EPS
+from rae_xla.models.pretrained.latent_statistics import standard_deviation
 from rae_xla.models.pretrained.manifest import (
     Manifest,
     Part,
@@ -172,6 +172,6 @@ def write_statistics_manifest(path: Path, mean: Tensor, var: Tensor, encoder: Pa
         var: as in the file.
         encoder: whose latents were measured.
     """
-    part = Part(fingerprints.of_statistics(mean, torch.sqrt(var + EPS)), str(path))
+    part = Part(fingerprints.of_statistics(mean, standard_deviation(var)), str(path))
     manifest = Manifest({STATISTICS: part}, {STATISTICS: {ENCODER: encoder}})
     write_weights_manifest(path, manifest)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import pickle
 from collections.abc import Mapping
@@ -20,14 +21,19 @@ from torch.futures import Future
 
 from rae_xla.checkpoint.compat import StorageInfo
 from rae_xla.checkpoint.format import METADATA_FILE, THREADS, Folder, error_reason
+from rae_xla.runtime.snapshot import HostPart
 
 
-def load(tensors: Mapping[str, Tensor], folder: Folder) -> None:
+def load(
+    tensors: Mapping[str, Tensor], folder: Folder, needed: Mapping[str, HostPart] | None = None
+) -> None:
     """Fill host tensors, however many processes and devices wrote the checkpoint.
 
     Args:
         tensors: by ``<part>/<name>``, unsharded, with the stored shapes. Only these are read.
         folder: of the checkpoint.
+        needed: by ``<part>/<name>``, which part of a tensor must be filled: stored shards without
+            any of it are not read. Tensors that are not named are filled.
 
     Raises:
         OSError: if a file cannot be read.
@@ -35,7 +41,8 @@ def load(tensors: Mapping[str, Tensor], folder: Folder) -> None:
     """
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     try:
-        dcp.load(dict(tensors), storage_reader=ShardReader(folder), planner=planner, no_dist=True)
+        reader = ShardReader(folder, needed)
+        dcp.load(dict(tensors), storage_reader=reader, planner=planner, no_dist=True)
     except CheckpointException as error:
         reason, _ = next(iter(error.failures.values()))
         if isinstance(reason, OSError):
@@ -58,10 +65,15 @@ def stored_tensors(folder: Folder) -> dict[str, Tensor]:
 
 
 class ShardReader(StorageReader):
-    """Reads shards as ranges of files; see ``format`` for why not DCP's."""
+    """Reads shards as ranges of files; see ``format`` for why not DCP's.
 
-    def __init__(self, folder: Folder) -> None:
-        self._folder = folder
+    Args:
+        folder: of the checkpoint.
+        needed: see ``load``.
+    """
+
+    def __init__(self, folder: Folder, needed: Mapping[str, HostPart] | None = None) -> None:
+        self._folder, self._needed = folder, needed or {}
         self._ranges: dict[MetadataIndex, StorageInfo] = {}
 
     def reset(self, checkpoint_id: Any = None) -> None:
@@ -78,8 +90,13 @@ class ShardReader(StorageReader):
         self._ranges = metadata.storage_data
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        """Return the plan unchanged."""
-        return plan
+        """Return the plan without the shards that this process does not need."""
+        items = [item for item in plan.items if self._is_needed(item)]
+        return dataclasses.replace(plan, items=items)
+
+    def _is_needed(self, item: ReadItem) -> bool:
+        part = self._needed.get(item.dest_index.fqn)
+        return part is None or part.overlaps(item.dest_offsets, item.lengths)
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
         """Return the plans unchanged."""

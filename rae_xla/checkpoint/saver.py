@@ -27,9 +27,11 @@ from rae_xla.checkpoint.manager import (
     prunable_steps,
     saving_path,
 )
+from rae_xla.checkpoint.posthoc_ema import retire, thin_out
 from rae_xla.checkpoint.writer import save
 from rae_xla.runtime import Backend
 from rae_xla.runtime.snapshot import Snapshot
+from rae_xla.runtime.waiting import waiting_notice
 
 if TYPE_CHECKING:
     from rae_xla.config import CheckpointConfig
@@ -61,9 +63,12 @@ class Saver:
         backend: that holds the state.
         settings: which checkpoints to keep.
         gather: returns the current state and what the manifest records about it.
+        keep_averages: how many checkpoints that are not kept are reduced to their power-function
+            averages, if they have any, instead of deleted.
 
     Attributes:
         failure: why the last save failed; None if it succeeded.
+        error: the error of the last save that failed.
         last: the newest checkpoint that this saver has committed.
     """
 
@@ -73,7 +78,9 @@ class Saver:
         backend: Backend,
         settings: CheckpointConfig,
         gather: Callable[[], CheckpointContents],
+        keep_averages: int = 0,
     ) -> None:
+        self._keep_averages = keep_averages
         self._folder, self._backend, self._settings = folder, backend, settings
         self._gather = gather
         self._group = backend.checkpoint_group()
@@ -82,6 +89,7 @@ class Saver:
         self._failures = 0
         self._retry_at = 0.0
         self.failure: str | None = None
+        self.error: Exception | None = None
         self.last: Checkpoint | None = None
 
     def start(self, step: int) -> bool:
@@ -135,7 +143,11 @@ class Saver:
     def wait(self) -> None:
         """Wait until nothing is being written."""
         if self._thread is not None:
-            self._thread.join()
+            with waiting_notice(self._describe_wait):
+                self._thread.join()
+
+    def _describe_wait(self) -> str:
+        return f"waiting until the checkpoint that is being written to {self._folder} is complete"
 
     @property
     def retry_due(self) -> bool:
@@ -180,7 +192,7 @@ class Saver:
         self._failures += 1
         delay = min(MIN_RETRY_DELAY * 2 ** (self._failures - 1), MAX_RETRY_DELAY)
         self._retry_at = time.monotonic() + delay
-        self.failure = str(error) or type(error).__name__
+        self.failure, self.error = str(error) or type(error).__name__, error
         self._measured.append((FAILED_METRIC, 1))
         self._warn(f"step {step}: the checkpoint could not be written: {self.failure}")
         if self._backend.process_index == 0:
@@ -188,7 +200,7 @@ class Saver:
                 delete_checkpoint(target)  # it is useless, and a full disk needs the space
 
     def _prune(self, step: int) -> None:
-        """Delete the checkpoints that the settings do not keep, never the one just saved.
+        """Delete or reduce the checkpoints that the settings do not keep, never the one just saved.
 
         Checkpoints of later steps are broken, or the run would have resumed from them. They are
         kept for inspection, and do not count towards ``keep_last``.
@@ -197,7 +209,13 @@ class Saver:
         try:
             steps = [c.step for c in list_checkpoints(self._folder) if c.step <= step]
             for old in prunable_steps(steps, settings.keep_last, settings.keep_every):
-                delete_checkpoint(checkpoint_path(self._folder, old))
+                path = checkpoint_path(self._folder, old)
+                if self._keep_averages:
+                    retire(path)
+                else:
+                    delete_checkpoint(path)
+            if self._keep_averages:
+                thin_out(self._folder, self._keep_averages)
         except OSError as error:
             self._warn(f"step {step}: old checkpoints could not be deleted: {error}")
 

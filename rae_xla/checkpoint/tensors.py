@@ -23,6 +23,7 @@ from rae_xla.checkpoint.manager import (
 from rae_xla.checkpoint.reader import load, stored_tensors
 from rae_xla.errors import UserError
 from rae_xla.models.weights import read_weight_file
+from rae_xla.runtime.snapshot import HostPart
 
 PartTensors = dict[str, dict[str, Tensor]]
 """Part (``model``, ``ema``, ``optimizer``, ...) -> name -> tensor."""
@@ -42,8 +43,16 @@ def stored_parts(checkpoint: Checkpoint) -> PartTensors:
         raise BrokenCheckpointError(f"checkpoint {checkpoint} is broken: {error}") from error
 
 
-def read_parts(checkpoint: Checkpoint, parts: Collection[str]) -> PartTensors:
+def read_parts(
+    checkpoint: Checkpoint, parts: Collection[str], needed: Mapping[str, HostPart] | None = None
+) -> PartTensors:
     """Read the tensors of some parts to the host; the files of other parts are not opened.
+
+    Args:
+        checkpoint: to read.
+        parts: names of the parts.
+        needed: by ``<part>/<name>``, the part of a tensor that is needed; the values of the rest
+            are undefined. None: all.
 
     Raises:
         BrokenCheckpointError: if a file does not hold what the table of shards describes.
@@ -56,7 +65,7 @@ def read_parts(checkpoint: Checkpoint, parts: Collection[str]) -> PartTensors:
         for name, tensor in of.items()
     }
     try:
-        load(tensors, checkpoint.folder)
+        load(tensors, checkpoint.folder, needed)
     except ValueError as error:
         raise BrokenCheckpointError(f"checkpoint {checkpoint} is broken: {error}") from error
     return _group_by_part(tensors)

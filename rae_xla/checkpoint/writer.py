@@ -83,7 +83,7 @@ def save(
     except CheckpointException as error:
         rank, (reason, _) = next(iter(error.failures.items()))
         where = "" if group is None else f"process {rank}: "
-        raise SaveError(f"{where}{error_reason(reason)}") from error
+        raise SaveError(f"{where}{error_reason(reason)}") from reason
 
 
 class ShardPlanner(DefaultSavePlanner):

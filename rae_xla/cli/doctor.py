@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING
+
+from rae_xla.cli.options import PathAction
+from rae_xla.config.paths import LOCAL
 
 if TYPE_CHECKING:
     from rae_xla.tools.doctor.finding import Finding
@@ -15,6 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument(
         "--config",
+        action=PathAction,
+        rule=LOCAL,
         metavar="FILE",
         help="YAML file of the run, whose data, mesh and storage to check",
     )
@@ -25,7 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="settings that replace those of the file, such as data.train=gs://bucket/shards",
     )
     parser.add_argument(
-        "--results-dir", type=Path, metavar="DIR", help="results folder of the run, to check"
+        "--results-dir",
+        action=PathAction,
+        metavar="DIR",
+        help="results folder of the run, to check",
     )
     parser.add_argument("--json", action="store_true", help="print a JSON object instead of text")
 
@@ -33,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the checks and print their findings; return 1 if one failed, else 0."""
     from rae_xla.config import load_config
-    from rae_xla.tools.doctor import devices, files, output, software
+    from rae_xla.tools.doctor import devices, files, output, software, tpu_host
     from rae_xla.tools.doctor.finding import DoctorContext, run_checks
 
     config = load_config(args.config, overrides=args.overrides)
@@ -46,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
         files.STORAGE: files.check_storage,
         files.DATA: files.check_data,
         software.TRACKING: software.check_tracking,
+        tpu_host.TPU_HOST: tpu_host.check_tpu_host,
         devices.DEVICES: devices.check_devices,
         devices.SPEED: devices.check_speed,
         devices.HOSTS: devices.check_clocks,

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from rae_xla import storage
+from rae_xla.cli.evaluate_t2i import T2I_METRICS, add_t2i_options, evaluate_t2i
 from rae_xla.cli.evaluation_output import print_warnings, provenance, write_json
 from rae_xla.cli.options import (
+    NumberAction,
+    PathAction,
     add_config,
+    check_not_an_input,
     check_out_file,
     check_out_folder,
+    move_settings_to_overrides,
     read_config,
     start_backend,
 )
+from rae_xla.config.inputs import input_paths
+from rae_xla.config.paths import ANYWHERE, LOCAL, parse_path
+from rae_xla.config.ranges import COUNT
 from rae_xla.config.validation import GEN_METRICS, RECON_METRICS
 from rae_xla.errors import UserError
 
@@ -26,15 +34,23 @@ if TYPE_CHECKING:
     from rae_xla.models.rae import RAE
     from rae_xla.runtime import Backend
 
-METRICS = {"recon": RECON_METRICS, "gen": GEN_METRICS, "decoders": ("psnr", "fid")}
+METRICS = {
+    "recon": RECON_METRICS,
+    "gen": GEN_METRICS,
+    "t2i": T2I_METRICS,
+    "decoders": ("psnr", "fid"),
+}
 
 OPTION_SCOPES = {
-    "ckpt": ("recon",),
-    "weights": ("recon",),
-    "data": ("recon",),
-    "num_images": ("recon", "gen"),
-    "batch_size": ("recon", "gen"),
-    "samples": ("gen",),
+    "ckpt": ("recon", "t2i"),
+    "weights": ("recon", "t2i"),
+    "data": ("recon", "t2i"),
+    "num_images": ("recon", "gen", "t2i"),
+    "batch_size": ("recon", "gen", "t2i"),
+    "samples": ("gen", "t2i"),
+    "clip": ("t2i",),
+    "reference_name": ("gen", "t2i"),
+    "fdr6_reference": ("gen",),
     "latents": ("decoders",),
     "decoders": ("decoders",),
 }
@@ -47,47 +63,67 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "what",
         choices=tuple(METRICS),
         help="recon: PSNR, SSIM, LPIPS and rFID of reconstructions; gen: FID, sFID, Inception "
-        "Score, precision and recall of generated images; decoders: gFID of the same latents "
-        "through several decoders",
+        "Score, precision and recall of generated images; t2i: CLIPScore and FID of images of "
+        "prompts, and validation losses of a run; decoders: gFID of the same latents through "
+        "several decoders",
     )
     add_config(parser, required=False)
     parser.add_argument(
         "--metrics",
         nargs="+",
         metavar="NAME",
-        help="recon: psnr ssim lpips rfid; gen: fid sfid is precision recall fd_dinov2; decoders: "
-        "psnr fid (default: all except fd_dinov2)",
+        help="recon: psnr ssim lpips rfid; gen: fid sfid is precision recall fd_dinov2 fdr6; "
+        "t2i: clip_score fid sfid precision recall fd_dinov2 validation_loss; decoders: psnr fid "
+        "(default: all that the options allow, except fd_dinov2 and fdr6)",
     )
     parser.add_argument(
         "--reference",
+        action=PathAction,
         metavar="FILE.npz",
-        help="reference of FID: images (arr_0), or moments (mu and sigma); for gen also a folder "
-        "of shards (default for recon: the originals)",
+        help="reference of FID: images (arr_0), or moments (mu and sigma); for gen and t2i also a "
+        "folder of shards (default for recon: the originals)",
     )
     parser.add_argument(
         "--out",
-        type=Path,
+        action=PathAction,
         metavar="PATH",
-        help="recon, gen: JSON file of the report; decoders: folder of report.json and grid.png",
+        help="JSON file of the report; decoders: folder of report.json and grid.png",
     )
-    several = parser.add_argument_group("recon, gen")
+    several = parser.add_argument_group("recon, gen, t2i")
     several.add_argument(
-        "--num-images", type=int, metavar="N", help="measure the first N images (default: all)"
+        "--num-images",
+        action=NumberAction,
+        accepted=COUNT,
+        type=int,
+        metavar="N",
+        help="measure the first N images (default: all)",
     )
     several.add_argument(
-        "--batch-size", type=int, metavar="N", help="images in flight (default: 64)"
+        "--batch-size",
+        action=NumberAction,
+        accepted=COUNT,
+        type=int,
+        metavar="N",
+        help="images in flight (default: 64)",
     )
-    recon = parser.add_argument_group("recon")
+    recon = parser.add_argument_group("recon, t2i")
     recon.add_argument(
         "--ckpt",
+        action=PathAction,
         metavar="PATH",
-        help="stage-1 checkpoint or results folder (default: the weights that stage_1 names)",
+        help="checkpoint or results folder of stage 1 (default: the weights that stage_1 names), "
+        "or of `rae-xla train t2i`",
     )
     recon.add_argument(
         "--weights", choices=("ema", "model"), help="which weights of --ckpt (default: ema)"
     )
-    recon.add_argument("--data", metavar="SHARDS", help="shards to reconstruct (default: data.val)")
-    gen = parser.add_argument_group("gen")
+    recon.add_argument(
+        "--data",
+        action=PathAction,
+        metavar="SHARDS",
+        help="shards to reconstruct, or of held-back captions (default: data.val)",
+    )
+    gen = parser.add_argument_group("gen, t2i")
     gen.add_argument(
         "--samples",
         nargs="+",
@@ -95,10 +131,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=".npz files (arr_0), or folders of images or tar files; several, such as sets of "
         "several seeds, give mean and standard deviation",
     )
+    gen.add_argument(
+        "--reference-name",
+        metavar="NAME",
+        help="name of the reference statistics in the report, such as ADM or JiT (default: that of "
+        "a file with a published name)",
+    )
+    gen.add_argument(
+        "--fdr6-reference",
+        action=PathAction,
+        rule=LOCAL,
+        metavar="FOLDER",
+        help="the six files of nanovisionx/nanogen-evals-stats (default: images of --reference)",
+    )
+    add_t2i_options(parser)
     decoders = parser.add_argument_group("decoders")
     decoders.add_argument(
         "--latents",
-        type=Path,
+        action=PathAction,
+        rule=LOCAL,
         metavar="FILE",
         help="latents.npy that `rae-xla sample --keep-latents` wrote",
     )
@@ -113,12 +164,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Compute metrics, print a table and write the report."""
     for name in ("metrics", "samples", "decoders"):
-        _move_settings_to_overrides(args, name)
+        move_settings_to_overrides(args, name)
+    for name, rule in (("samples", LOCAL), ("decoders", ANYWHERE)):
+        if (paths := getattr(args, name)) is not None:
+            setattr(args, name, [parse_path(path, f"--{name}", rule) for path in paths])
     for name, scopes in OPTION_SCOPES.items():
         if getattr(args, name) is not None and args.what not in scopes:
             verbs = " and ".join(f"`rae-xla evaluate {scope}`" for scope in scopes)
             raise UserError(f"--{name.replace('_', '-')} applies to {verbs}, not {args.what}")
-    default = [name for name in METRICS[args.what] if name != "fd_dinov2"]
+    if args.what == "t2i":
+        return evaluate_t2i(args)
+    default = [name for name in METRICS[args.what] if name not in ("fd_dinov2", "fdr6")]
     metrics = tuple(dict.fromkeys(args.metrics or default))
     unknown = [name for name in metrics if name not in METRICS[args.what]]
     if unknown:
@@ -141,8 +197,9 @@ def _recon(args: argparse.Namespace, metrics: tuple[str, ...]) -> int:
     if args.reference and "rfid" not in metrics:
         raise UserError("--reference is used only by rfid: add rfid to --metrics")
     _check_reference_file(args.reference)
-    check_out_file(args.out)
     config = read_config(args)
+    given = [args.config, args.reference, args.ckpt, args.data]
+    check_out_file(args.out, inputs=[*given, *input_paths(config)])
     path = args.data or config.data.val
     if path is None:
         raise UserError("no images to reconstruct: give --data SHARDS or data.val=SHARDS")
@@ -151,6 +208,7 @@ def _recon(args: argparse.Namespace, metrics: tuple[str, ...]) -> int:
     from rae_xla.evaluate.image_sets import first_images
     from rae_xla.evaluate.reconstruction import UNITS, evaluate_reconstruction
     from rae_xla.evaluate.references import load_fid_reference
+    from rae_xla.runtime.data_workers import worker_count
 
     index = open_index(path)
     first_images(index, args.num_images)  # report too large a number before anything is loaded
@@ -172,7 +230,7 @@ def _recon(args: argparse.Namespace, metrics: tuple[str, ...]) -> int:
         lpips=lpips,
         features=features,
         reference=reference,
-        num_workers=config.data.num_workers,
+        num_workers=worker_count(backend, config.data.num_workers),
         progress=backend.process_index == 0,
     )
     if backend.process_index != 0:
@@ -204,6 +262,7 @@ def _decoders(args: argparse.Namespace, metrics: tuple[str, ...]) -> int:
         raise UserError("--reference is used only by fid: add fid to --metrics")
     _check_reference_file(args.reference)
     if args.out is not None:
+        check_not_an_input(args.out, [storage.split(args.latents)[0]])  # has a grid, too
         check_out_folder(args.out)
     config = read_config(args)
 
@@ -213,7 +272,7 @@ def _decoders(args: argparse.Namespace, metrics: tuple[str, ...]) -> int:
 
     backend = start_backend(config)
     rae = _build_rae(config, args, without_decoder=True)
-    latents = open_latents(args.latents, rae)
+    latents = open_latents(Path(args.latents), rae)
     if "fid" in metrics and len(latents) < 2:
         raise UserError(
             f"fid of {len(latents)} latent: a covariance needs at least two; keep more latents"
@@ -242,7 +301,6 @@ def _decoders(args: argparse.Namespace, metrics: tuple[str, ...]) -> int:
         print(f"fid against {report.reference}")
     print_warnings(report.warnings)
     if args.out is not None:
-        args.out.mkdir(parents=True, exist_ok=True)
         save_png(args.out / "grid.png", report.grid)
         content = report.describe() | {"latents": str(args.latents)}
         content |= provenance(args, config, backend, metrics)
@@ -253,22 +311,10 @@ def _decoders(args: argparse.Namespace, metrics: tuple[str, ...]) -> int:
 
 def _check_reference_file(reference: str | None) -> None:
     """Report a missing reference before anything is loaded or downloaded."""
-    if reference is not None and not Path(reference).expanduser().is_file():
+    if reference is not None and storage.is_remote(reference):
+        raise UserError(f"--reference {reference}: gs:// is not supported here: copy it to a disk")
+    if reference is not None and not Path(reference).is_file():
         raise UserError(f"reference {reference}: there is no such file; correct --reference")
-
-
-def _move_settings_to_overrides(args: argparse.Namespace, option: str) -> None:
-    """Move ``key=value`` arguments from an option with several values to the overrides.
-
-    argparse takes settings that follow such an option as its values.
-    """
-    values = getattr(args, option)
-    if values is not None:
-        settings = [value for value in values if "=" in value]
-        setattr(args, option, [value for value in values if value not in settings])
-        args.overrides = [*args.overrides, *settings]
-        if not getattr(args, option):
-            raise UserError(f"--{option} needs at least one value")
 
 
 def _build_rae(config: RunConfig, args: argparse.Namespace, *, without_decoder: bool) -> RAE:
@@ -306,21 +352,18 @@ def _load_rae(config: RunConfig, args: argparse.Namespace) -> tuple[RAE, str]:
         return rae, f"{source}"
 
     from rae_xla.checkpoint.tensors import find_weights, open_weights
+    from rae_xla.models.pretrained.selected_weights import select_weights
     from rae_xla.models.weights import load_strict
 
     path, which = find_weights(args.ckpt, "--ckpt"), args.weights or "ema"
-    content = open_weights(path, "--ckpt")
-    if not isinstance(content, Mapping):
-        raise UserError(f"--ckpt {path} contains no weights: give a weight file or a checkpoint")
-    bare = "model" not in content and "ema" not in content
+    selected = select_weights(open_weights(path, "--ckpt"), f"--ckpt {path}", which)
+    bare = selected.part is None
     if bare and args.weights:
         raise UserError(
             f"--ckpt {path} is a bare state dict without {which} weights: omit --weights"
         )
-    if not bare and which not in content:
-        raise UserError(f"--ckpt {path} has no {which} weights: choose others with --weights")
     rae = _build_rae(config, args, without_decoder=True)
-    load_strict(rae, dict(content if bare else content[which]), f"--ckpt {path}")
+    load_strict(rae, selected.state, f"--ckpt {path}")
     return rae, f"{path}" if bare else f"{path} ({which})"
 
 

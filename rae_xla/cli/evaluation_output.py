@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
+
+from rae_xla import storage
 
 if TYPE_CHECKING:
     from rae_xla.config import RunConfig
@@ -24,12 +26,14 @@ def provenance(
     if "lpips" in metrics:
         used["vgg16"] = config.weights.vgg16 or "torchvision's own"
         used["lpips"] = config.weights.lpips or "the lpips package's own"
-    if {"rfid", "fid", "sfid", "is", "precision", "recall"} & set(metrics):
+    if {"rfid", "fid", "sfid", "is", "precision", "recall", "fdr6"} & set(metrics):
         used["inception"] = config.weights.inception or "torch-fidelity's own"
     if "fd_dinov2" in metrics:
         from rae_xla.evaluate.feature_networks import DINO
 
         used["dinov2"] = config.weights.dinov2 or DINO
+    if "fdr6" in metrics:
+        used |= {f"fdr6.{name}": str(path) for name, path in asdict(config.weights.fdr6).items()}
     return {
         "config": str(args.config) if args.config else None,
         "overrides": list(args.overrides),
@@ -45,9 +49,7 @@ def print_warnings(warnings: tuple[str, ...]) -> None:
         print(f"warning: {warning}")
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: str, content: dict[str, Any]) -> None:
     """Write a report atomically; create its folder if it does not exist."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    unfinished.replace(path)
+    storage.make_folder(storage.split(path)[0])
+    storage.write_bytes(path, (json.dumps(content, indent=1) + "\n").encode())

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import logging
-from pathlib import Path
 
 from rae_xla.cli.checkpoints import export_decoder_file
-from rae_xla.cli.options import check_out_file
+from rae_xla.cli.options import PathAction, check_out_file
 
 logger = logging.getLogger(__name__)
 
@@ -16,9 +15,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("what", choices=("decoder",), help="what to write")
     parser.add_argument(
-        "--ckpt", required=True, metavar="PATH", help="checkpoint, or a results folder"
+        "--ckpt",
+        action=PathAction,
+        required=True,
+        metavar="PATH",
+        help="checkpoint, or a results folder",
     )
-    parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="file to write")
+    parser.add_argument(
+        "--out", action=PathAction, required=True, metavar="FILE", help="file to write"
+    )
     parser.add_argument("--weights", choices=("ema", "model"), default="ema", help="default: ema")
 
 
@@ -28,6 +33,6 @@ def run(args: argparse.Namespace) -> int:
         "`rae-xla export decoder --ckpt RUN --out FILE` is deprecated and will be removed after "
         "the next release: use `rae-xla checkpoints export RUN --what decoder --out FILE`"
     )
-    check_out_file(args.out)
+    check_out_file(args.out, inputs=[args.ckpt])
     export_decoder_file(args.ckpt, args.out, args.weights, "--ckpt")
     return 0

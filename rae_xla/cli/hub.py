@@ -6,7 +6,8 @@ import argparse
 from collections.abc import Mapping
 from pathlib import Path
 
-from rae_xla.cli.options import check_out_folder
+from rae_xla.cli.options import PathAction, check_out_folder
+from rae_xla.config.paths import LOCAL
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,7 +19,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "what", metavar="NAME|OWNER/REPO", help="a published model, or a hub repository"
     )
     pull.add_argument(
-        "--to", type=Path, metavar="DIR", help="destination folder (default: the hub's cache)"
+        "--to",
+        action=PathAction,
+        rule=LOCAL,
+        metavar="DIR",
+        help="local destination folder (default: the hub's cache)",
     )
     pull.add_argument(
         "--files",
@@ -28,7 +33,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     pull.add_argument("--revision", metavar="R", help="branch, tag or commit of a repository")
     push = commands.add_parser("push", help="upload a folder of weights as one commit")
-    push.add_argument("folder", type=Path, metavar="FOLDER", help="written by save_pretrained")
+    push.add_argument(
+        "folder",
+        action=PathAction,
+        rule=LOCAL,
+        metavar="FOLDER",
+        help="local folder that save_pretrained wrote",
+    )
     push.add_argument(
         "repository", metavar="OWNER/REPO", help="created as private if it does not exist"
     )
@@ -48,13 +59,14 @@ def _list(args: argparse.Namespace) -> int:
     from rae_xla.models.pretrained.published import (
         DIFFUSERS,
         GENERATORS,
+        TEXT_TO_IMAGE,
         published_files,
         published_names,
     )
 
     rows = []
     for name in published_names():
-        generator = GENERATORS.get(name)
+        generator = GENERATORS.get(name) or TEXT_TO_IMAGE.get(name)
         about = generator.about if generator else ", ".join(published_files(name))
         rows.append((name, about))
     rows += [(repository, "in diffusers' layout") for repository in DIFFUSERS.values()]
@@ -66,15 +78,16 @@ def _list(args: argparse.Namespace) -> int:
 
 def _pull(args: argparse.Namespace) -> int:
     from rae_xla.models.pretrained.hub import pull
-    from rae_xla.models.pretrained.published import COLLECTION
+    from rae_xla.models.pretrained.published import COLLECTION, RAEV2_REPOSITORY
 
     if args.to is not None:
         check_out_folder(args.to, "--to")
     count = size = unverified = 0
     for repository, patterns in _files_to_pull(args).items():
-        # Configurations name the collection's files by path, so these go to --to. They name an
+        # Configurations name the collections' files by path, so these go to --to. They name an
         # encoder by its hub id, which is looked up in the cache.
-        to = args.to if repository in (COLLECTION, args.what) else None
+        named_by_path = repository in (COLLECTION, RAEV2_REPOSITORY, args.what)
+        to = Path(args.to) if args.to and named_by_path else None
         snapshot = pull(repository, patterns, to=to, revision=args.revision)
         print(f"{repository} at {snapshot.commit[:8]}, in {snapshot.folder}")
         for file in snapshot.files:
@@ -108,7 +121,7 @@ def _files_to_pull(args: argparse.Namespace) -> Mapping[str, list[str] | None]:
 def _push(args: argparse.Namespace) -> int:
     from rae_xla.interop.hub_push import prepare_upload, push
 
-    upload = prepare_upload(args.folder)
+    upload = prepare_upload(Path(args.folder))
     visibility = "public" if args.public else "private"
     print(f"{args.folder} to {args.repository} ({visibility}):")
     for name in upload.files:

@@ -13,20 +13,22 @@ from collections.abc import Sequence
 from types import ModuleType
 
 import rae_xla
-from rae_xla.errors import UserError
+from rae_xla.errors import UserError, exit_status
 from rae_xla.version import __version__
 
 # A verb's module is imported only when the verb runs: `rae-xla --help` must not wait for torch.
 # It offers `add_arguments(parser)` and `run(args) -> int`, the exit status.
 VERBS = {
     "shards": "write a data set as shards, or verify shards",
-    "plan": "predict memory, time and cost of a run on TPUs, without a TPU",
+    "plan": "predict memory, time and cost of a run, without TPUs or GPUs",
     "doctor": "check everything a run needs: devices, storage, data, hosts",
     "train": "train an autoencoder (stage1) or a diffusion transformer (stage2)",
     "report": "write an HTML page with curves, samples and settings of one or more runs",
     "stats": "compute mean and variance of the latents of a data set",
-    "generate": "generate images of the given classes; downloads the published models",
-    "sample": "generate a set of images from a trained diffusion transformer",
+    "generate": "generate images of classes or prompts; downloads the published models",
+    "ask": "ask a text-to-image model about an image or a generated latent",
+    "serve": "offer a page in the browser that generates images",
+    "sample": "generate a set of images of classes or of a file of prompts",
     "reconstruct": "encode images and decode them again with an autoencoder",
     "evaluate": "measure generated images or reconstructions, or compare decoders",
     "checkpoints": "list, verify, export or prune the checkpoints of a run",
@@ -44,22 +46,25 @@ that all processes share is reported once.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit status; 2 means an error the user can correct."""
+    """Run the command line and return the exit status.
+
+    2 means an error that the user can correct, 77 a lost connection (see ``errors.exit_status``).
+    """
     try:
         status = run(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()
     except UserError as error:
         _print_error(str(error))
-        return error.exit_status
+        return exit_status(error)
     except BrokenPipeError:
         # The reader (`| head`) closed the pipe. Python's own flush at exit must not fail as well.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except OSError as error:
-        # A full disk or a missing permission is the user's to correct, and not a bug.
+        # A full disk, a missing permission or a lost connection is not a bug.
         where = f"{error.filename}: " if error.filename else ""
         _print_error(f"{where}{error.strerror or error}")
-        return 2
+        return exit_status(error)
     except KeyboardInterrupt:
         print("rae-xla: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
@@ -90,6 +95,9 @@ def run(argv: Sequence[str]) -> int:
     try:
         return int(verb_module(verb).run(args))
     finally:
+        # Only a verb that works with a backend has imported the module, and torch.
+        if process_group := sys.modules.get("rae_xla.runtime.process_group"):
+            process_group.leave()
         reset_logging()
 
 
@@ -116,9 +124,10 @@ def parse_verb(verb: str, argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=f"rae-xla {verb}", description=VERBS[verb])
     module.add_arguments(parser)
     try:
-        return parser.parse_intermixed_args(argv)
+        args = parser.parse_intermixed_args(argv)
     except TypeError:  # argparse cannot intermix where there are subcommands, as in shards
-        return parser.parse_args(argv)
+        args = parser.parse_args(argv)
+    return args
 
 
 def verb_module(verb: str) -> ModuleType:

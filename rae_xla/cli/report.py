@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from rae_xla.cli.options import check_out_file
+from rae_xla.cli.options import PathAction, check_out_file
+from rae_xla.config.paths import StoragePath
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument(
-        "folders", nargs="+", type=Path, metavar="RESULTS_DIR", help="results folder of a run"
+        "folders",
+        action=PathAction,
+        nargs="+",
+        metavar="RESULTS_DIR",
+        help="results folder of a run, local or gs://",
     )
     parser.add_argument(
         "--out",
-        type=Path,
+        action=PathAction,
         metavar="FILE",
-        help="HTML file to write; default: report.html in the results folder, for several runs in "
-        "the current folder",
+        help="HTML file to write, local or gs://; default: report.html in the results folder, for "
+        "several runs in the current folder",
     )
 
 
@@ -28,8 +32,8 @@ def run(args: argparse.Namespace) -> int:
     from rae_xla.tools.report.runs import read_runs
 
     runs = read_runs(args.folders)
-    out = args.out or (args.folders[0] if len(runs) == 1 else Path()) / "report.html"
-    check_out_file(out)
+    out = args.out or (args.folders[0] if len(runs) == 1 else StoragePath("")) / "report.html"
+    check_out_file(out, inputs=args.folders)
     write_page(runs, out)
     for run in runs:
         for warning in run.warnings:

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import argparse
 import logging
-from pathlib import Path
 from typing import cast
 
-from rae_xla.cli.options import add_config, check_out_file, read_config, start_backend
+from rae_xla.cli.options import (
+    NumberAction,
+    PathAction,
+    add_config,
+    check_out_file,
+    read_config,
+    start_backend,
+)
+from rae_xla.config.inputs import input_paths
+from rae_xla.config.ranges import COUNT
 from rae_xla.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -16,11 +24,28 @@ logger = logging.getLogger(__name__)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     add_config(parser)
-    parser.add_argument("--data", metavar="SHARDS", help="shards to encode (default: data.train)")
     parser.add_argument(
-        "--out", required=True, type=Path, metavar="FILE", help="statistics file to write (.pt)"
+        "--data",
+        action=PathAction,
+        metavar="SHARDS",
+        help="shards to encode (default: data.train)",
     )
-    parser.add_argument("--batch-size", type=int, default=256, metavar="N", help="default: 256")
+    parser.add_argument(
+        "--out",
+        action=PathAction,
+        required=True,
+        metavar="FILE",
+        help="statistics file to write (.pt), local or gs://",
+    )
+    parser.add_argument(
+        "--batch-size",
+        action=NumberAction,
+        accepted=COUNT,
+        type=int,
+        default=256,
+        metavar="N",
+        help="default: 256",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -35,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     if config.stage_1 is None:
         raise UserError(f"{args.config} has no stage_1 section: add it, to name the encoder")
 
-    check_out_file(args.out)
+    check_out_file(args.out, inputs=[args.config, path, *input_paths(config)])
 
     from rae_xla.checkpoint.provenance import encoder_part, write_statistics_manifest
     from rae_xla.data.loader import one_pass
@@ -46,6 +71,8 @@ def run(args: argparse.Namespace) -> int:
     from rae_xla.models.rae import RAE
     from rae_xla.models.weights import write_torch_file
     from rae_xla.progress import progress_bar
+    from rae_xla.runtime.data_workers import worker_count
+    from rae_xla.storage.staging import staged_output
 
     index = open_index(path)
     backend = start_backend(config)
@@ -60,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
         transform=CenterCrop(config.data.image_size),
         process_index=backend.process_index,
         process_count=backend.process_count,
-        num_workers=config.data.num_workers,
+        num_workers=worker_count(backend, config.data.num_workers),
     )
     is_first = backend.process_index == 0
     logger.info("statistics of %d images on %s", len(index), backend.description)
@@ -70,8 +97,9 @@ def run(args: argparse.Namespace) -> int:
     )
     if is_first:
         mean, var = moments.mean.float(), moments.variance.float()
-        write_torch_file({"mean": mean, "var": var}, args.out)
-        write_statistics_manifest(args.out, mean, var, encoder)
+        with staged_output(args.out) as out:
+            write_torch_file({"mean": mean, "var": var}, out)
+            write_statistics_manifest(out, mean, var, encoder)
         print(
             f"{args.out}: {tuple(moments.mean.shape)} over {moments.count:.0f} images; "
             f"mean {moments.mean.mean():.4f}, variance {moments.variance.mean():.4f} on average"

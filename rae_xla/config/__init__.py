@@ -8,20 +8,22 @@ from rae_xla.config.run import RunConfig
 from rae_xla.config.schema import (
     CheckpointConfig,
     DataConfig,
-    EvalConfig,
-    GanConfig,
     GuidanceConfig,
     MeshConfig,
     MiscConfig,
     ModelSpec,
-    OptimizerConfig,
     RuntimeConfig,
     SamplerConfig,
-    SchedulerConfig,
     TrackingConfig,
-    TrainingConfig,
     TransportConfig,
     WeightsConfig,
+)
+from rae_xla.config.training_schema import (
+    EvalConfig,
+    GanConfig,
+    OptimizerConfig,
+    SchedulerConfig,
+    TrainingConfig,
 )
 
 __all__ = [

@@ -14,6 +14,12 @@ from rae_xla.errors import UserError
 # Name pattern, patch side in pixels (None: the number in the name) and width of published encoders.
 # `wReg_base` and `base_p16` are folder names of the published RAE collection.
 _KNOWN_ENCODERS = [
+    (r"dinov3-vits(\d+)-", None, 384),
+    (r"dinov3-vits(\d+)plus-", None, 384),
+    (r"dinov3-vitb(\d+)-", None, 768),
+    (r"dinov3-vitl(\d+)-", None, 1024),
+    (r"dinov3-vith(\d+)plus-", None, 1280),
+    (r"dinov3-vit7b(\d+)-", None, 4096),
     (r"dinov2.*small", 14, 384),
     (r"dinov2.*base", 14, 768),
     (r"dinov2.*large", 14, 1024),

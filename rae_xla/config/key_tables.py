@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, cast, get_args, get_origin, get_type_hints
 
 from rae_xla.config.model_params import DiTDHParams, LightningDiTParams, RAEParams
+from rae_xla.config.paths import PathRule
+from rae_xla.config.ranges import Range
 from rae_xla.config.run import RunConfig
 from rae_xla.config.schema import ModelSpec
 from rae_xla.config.typed import describe_type, section_of
@@ -25,7 +27,7 @@ _MODELS = (
 
 
 def key_tables() -> str:
-    """Return Markdown tables, one per section, of keys with type, default and meaning."""
+    """Return Markdown tables, one per section, of keys with type, range, default and meaning."""
     parts = []
     models = []
     for name, hint in get_type_hints(RunConfig, include_extras=True).items():
@@ -47,7 +49,7 @@ def update(text: str) -> str:
 
 
 def _table(title: str, section: type, intro: str, rows: list[str]) -> str:
-    head = ["| key | type | default | meaning |", "|---|---|---|---|"]
+    head = ["| key | type | range | default | meaning |", "|---|---|---|---|---|"]
     return "\n".join([f"### {title}", "", intro, "", *head, *rows])
 
 
@@ -61,9 +63,17 @@ def _rows(section: type, prefix: str = "") -> list[str]:
             rows += _rows(inner, f"{prefix}{field.name}.")
             continue
         annotated = get_origin(hint) is not None and hasattr(hint, "__metadata__")
-        kind, meaning = get_args(hint) if annotated else (hint, "")
+        kind, meaning, *rules = get_args(hint) if annotated else (hint, "")
         type_name = "a model: target, params, ckpt; or null" if inner else describe_type(kind)
-        rows.append(f"| `{prefix}{field.name}` | {type_name} | {_default(field)} | {meaning} |")
+        accepted = ""
+        for rule in rules:
+            if isinstance(rule, Range):
+                accepted = rule.symbols()
+            elif isinstance(rule, PathRule):
+                accepted = rule.describe()
+                type_name = type_name.replace("a string", "a path").replace("strings", "paths")
+        cells = (f"`{prefix}{field.name}`", type_name, accepted, _default(field), meaning)
+        rows.append(f"| {' | '.join(cells)} |")
     return rows
 
 

@@ -6,10 +6,14 @@ The reference implementation renamed its keys over time, and users keep their fi
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from typing import Any
 
+from rae_xla.config.raev2 import translate_raev2
 from rae_xla.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 Tree = dict[str, Any]
 
@@ -37,6 +41,7 @@ _RENAMED: dict[str, tuple[str, ...]] = {
     **{f"training.{old}": tuple(f"training.{n}" for n in new) for old, new in _SCHEDULE.items()},
     "training.log_interval": ("training.log_every",),
     "training.ckpt_every": ("checkpoint.every_steps",),
+    "training.sample_interval": ("training.sample_every",),
     "training.num_workers": ("data.num_workers",),
     "training.cfg_scale": ("guidance.scale",),
 }
@@ -48,6 +53,9 @@ for _section in ("training", "gan.disc"):
         f"{_section}.scheduler.decay_start_epoch": (f"{_section}.scheduler.warmup_epochs",),
         f"{_section}.scheduler.decay_start_steps": (f"{_section}.scheduler.warmup_steps",),
     }
+_STEPS_NOT_EPOCHS = 100
+"""A ``checkpoint_interval`` of at least this many, and above ``epochs``, counts steps."""
+
 # Keys that the reference's stage-1 script adds to the file that it saves with a run.
 _IGNORED = ("cmd_args", "experiment_dir", "checkpoint_dir")
 
@@ -65,7 +73,8 @@ def add_current_names(tree: Tree, where: str) -> Tree:
     Raises:
         UserError: if two legacy keys of the same meaning have different values.
     """
-    tree = _without_dashes(tree)
+    tree = translate_raev2(_without_dashes(tree), where)
+    _read_interval_in_steps(tree, where)
     sources: dict[str, tuple[str, Any]] = {}
     for old, new_names in _RENAMED.items():
         holder, leaf = _parent(tree, old)
@@ -91,17 +100,49 @@ def drop_legacy_names(tree: Tree) -> Tree:
         betas = optimizer.get("betas")
         if isinstance(betas, float):  # the reference accepts one number for both
             optimizer["betas"] = [betas, betas]
-        if str(optimizer.get("type", "adamw")).lower() == "adamw":  # the only optimizer
+        kind = str(optimizer.get("type", "adamw")).lower()
+        if kind == "adamw":
             optimizer.pop("type", None)
+        elif kind in ("muon", "gmuon"):  # the second in RAEv2
+            optimizer["type"] = "muon"
     for sampler in _sections(tree, "sampler"):
         if isinstance(sampler.get("mode"), str):
             sampler["mode"] = sampler["mode"].upper()
+    for params in _sections(tree, "sampler.params"):
+        if params.get("last_step") == "None":  # published spelling
+            params["last_step"] = None
     for params in _sections(tree, "stage_1.params"):
         path = params.get("encoder_config_path")
         # The published DINOv2-B_512.yaml has a stray quote at the end of this path.
         if isinstance(path, str) and path.count("'") == 1:
             params["encoder_config_path"] = path.rstrip("'")
     return tree
+
+
+def _read_interval_in_steps(tree: Tree, where: str) -> None:
+    """Move a ``training.checkpoint_interval`` that counts optimizer steps to ``every_steps``.
+
+    The branches XLA and deprecated-gpu of the published code counted steps, the later ones count
+    epochs. A file of those branches has ``sample_interval``, which later ones call
+    ``sample_every``, or an interval far beyond the end of the run if it were in epochs.
+    """
+    training = tree.get("training")
+    if not isinstance(training, dict):
+        return
+    interval, epochs = training.get("checkpoint_interval"), training.get("epochs")
+    if type(interval) is not int:
+        return
+    beyond = type(epochs) is int and interval > epochs and interval >= _STEPS_NOT_EPOCHS
+    if "sample_interval" not in training and not beyond:
+        return
+    del training["checkpoint_interval"]
+    _set_default(tree, "checkpoint.every_steps", interval)
+    logger.warning(
+        "training.checkpoint_interval: %d (%s) counts steps, as in earlier published files, and is "
+        "read as checkpoint.every_steps",
+        interval,
+        where,
+    )
 
 
 def _without_dashes(tree: Tree) -> Tree:

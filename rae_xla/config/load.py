@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rae_xla.config.legacy import Tree, add_current_names, drop_legacy_names
+from rae_xla.config.paths import LOCAL, parse_path
 from rae_xla.config.run import RunConfig
 from rae_xla.config.typed import Origin, build
 from rae_xla.config.validation import complete, validate
@@ -37,18 +38,23 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
 
     Raises:
         UserError: if the file is missing or malformed, a key is unknown, a value has the wrong
-            type, or settings contradict each other.
+            type or is out of range, or settings contradict each other.
     """
     changes = add_current_names(_parse(overrides), "on the command line")
     base = changes.pop("base", None)
-    file = {} if path is None else _read_with_base(Path(path), base and Path(str(base)))
+    if base is not None:
+        base = Path(parse_path(str(base), "base (on the command line)", LOCAL))
+    file = {}
+    if path is not None:
+        path = parse_path(path, "the configuration file", LOCAL)
+        file = _read_with_base(Path(path), base)
     origin = Origin(
         None if path is None else str(path), frozenset(_keys(file)), frozenset(_keys(changes))
     )
     given = drop_legacy_names(_merge(file, changes, origin))
     _reject_unsupported(given, origin)
-    _reject_ineffective_lr(given, origin)
     config = build(RunConfig, given, origin)
+    _reject_ineffective_lr(given, origin)
     config = complete(config, given, origin)
     validate(config, origin)
     return config
@@ -64,7 +70,7 @@ def _read_with_base(path: Path, base: Path | None = None, above: tuple[Path, ...
     if named is not None and not isinstance(named, str):
         raise UserError(f"base (in {path}): expected the path of a YAML file, got {named!r}")
     if base is None and named is not None:
-        base = path.parent / named
+        base = path.parent / parse_path(named, f"base (in {path})", LOCAL)
     if base is None:
         return tree
     chain = (*above, path.resolve())
@@ -72,7 +78,11 @@ def _read_with_base(path: Path, base: Path | None = None, above: tuple[Path, ...
         raise UserError(
             f"base (in {path}): {base} has this file as its base: the bases form a cycle"
         )
-    merged = OmegaConf.merge(_read_with_base(base, None, chain), tree)
+    inherited = _read_with_base(base, None, chain)
+    try:
+        merged = OmegaConf.merge(inherited, tree)
+    except TypeError:  # see _merge
+        return {**inherited, **tree}
     return cast(Tree, OmegaConf.to_container(merged, resolve=False))
 
 
@@ -126,6 +136,8 @@ def _merge(file: Tree, changes: Tree, origin: Origin) -> Tree:
         given = OmegaConf.merge(OmegaConf.create(file), OmegaConf.create(changes))
         full = OmegaConf.merge(OmegaConf.create(RunConfig().to_dict()), given)
         resolved = OmegaConf.to_container(full, resolve=True)
+    except TypeError:  # a list where a section must be, which ``build`` reports by its key
+        return {**file, **changes}
     except OmegaConfBaseException as error:
         raise UserError(f"{origin.file or 'overrides'}: {_one_line(error)}") from error
     return cast(Tree, _select(resolved, OmegaConf.to_container(given, resolve=False)))
@@ -151,8 +163,11 @@ _UNSUPPORTED: tuple[tuple[str, tuple[str, ...] | None, str], ...] = (
         "the shift is sqrt(dim / base) of misc.time_dist_shift_dim and misc.time_dist_shift_base:"
         " set the base instead",
     ),
-    ("training.optimizer.type", None, "AdamW is the only optimizer: leave this out"),
-    ("gan.disc.optimizer.type", None, "AdamW is the only optimizer: leave this out"),
+    (
+        "gan.disc.optimizer.type",
+        None,
+        "AdamW is the only optimizer of the discriminator: leave this out",
+    ),
 )
 
 

@@ -6,9 +6,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Annotated, Any
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, Literal
 
+from rae_xla.config.free_form import check_encoder_params
+from rae_xla.config.paths import ANYWHERE, LOCAL, LOCAL_OR_HUB
+from rae_xla.config.ranges import COUNT, FINITE, FRACTION, Range
 from rae_xla.config.registry import full_name, register_target
 from rae_xla.config.schema import ModelSpec
 from rae_xla.config.typed import Origin, build
@@ -19,71 +22,116 @@ from rae_xla.errors import UserError
 class RAEParams:
     """Keyword arguments of the autoencoder (``stage_1.params``)."""
 
-    encoder_cls: Annotated[str, "`Dinov2withNorm`, `SigLIP2wNorm` or `MAEwNorm`"] = "Dinov2withNorm"
-    encoder_config_path: Annotated[str, "Hugging Face folder or hub id of the encoder"] = (
-        "facebook/dinov2-with-registers-base"
-    )
-    encoder_input_size: Annotated[int, "side in pixels of the images that the encoder receives"] = (
-        224
-    )
-    encoder_params: Annotated[dict[str, Any], "`dinov2_path` or `model_name`, and `normalize`"] = (
-        field(default_factory=dict)
-    )
+    encoder_cls: Annotated[
+        str,
+        "`Dinov2withNorm`, `SigLIP2wNorm`, `MAEwNorm`, `DINOv3Encoder`, `WebSSLEncoder` or"
+        " `HFVisionEncoder`",
+    ] = "Dinov2withNorm"
+    encoder_config_path: Annotated[
+        str, "Hugging Face folder or hub id of the encoder", LOCAL_OR_HUB
+    ] = "facebook/dinov2-with-registers-base"
+    encoder_input_size: Annotated[
+        int, "side in pixels of the images that the encoder receives", COUNT
+    ] = 224
+    encoder_params: Annotated[
+        dict[str, Any],
+        "arguments of that class: `dinov2_path` or `model_name`, `normalize`, `layers`, `fusion`,"
+        " `token_mean`, …",
+        FINITE,
+    ] = field(default_factory=dict)
     decoder_config_path: Annotated[
-        str | dict[str, Any], "folder of the decoder's config.json (`vit_mae`), or its content"
+        str | dict[str, Any],
+        "folder of the decoder's config.json (`vit_mae`), or its content",
+        FINITE,
+        LOCAL,
     ] = "configs/decoder/ViTXL"
-    decoder_patch_size: Annotated[int, "side in pixels of the patch that a token is decoded to"] = (
-        16
-    )
-    pretrained_decoder_path: Annotated[str | None, "weights of the decoder"] = None
+    decoder_patch_size: Annotated[
+        int, "side in pixels of the patch that a token is decoded to", COUNT
+    ] = 16
+    pretrained_decoder_path: Annotated[str | None, "weights of the decoder", ANYWHERE] = None
     noise_tau: Annotated[
-        float, "scale of the noise added to latents in decoder training; 0: none"
+        float,
+        "scale of the noise added to latents in decoder training; 0: none",
+        Range(least=0, most=1000),
     ] = 0.8
     reshape_to_2d: Annotated[bool, "return latents as C x H x W instead of tokens"] = True
     normalization_stat_path: Annotated[
-        str | None, "file of latent statistics (`rae-xla stats`)"
+        str | None, "file of latent statistics (`rae-xla stats`)", LOCAL
     ] = None
-    eps: Annotated[float, "added to the variance of the statistics for numerical stability"] = 1e-5
+    eps: Annotated[
+        float, "added to the variance of the statistics for numerical stability", FRACTION
+    ] = 1e-5
+    decoder_output: Annotated[
+        Literal["normalized", "pixels"],
+        "the decoder predicts images normalised like the encoder's, or pixels in [0, 1] (RAEv2)",
+    ] = "normalized"
+    image_mean: Annotated[
+        tuple[float, float, float] | None,
+        "mean of the encoder's image normalisation; default: that in the encoder's folder",
+        Range(least=-1000, most=1000),
+    ] = None
+    image_std: Annotated[
+        tuple[float, float, float] | None,
+        "standard deviation of that normalisation",
+        Range(above=0, most=1000),
+    ] = None
 
 
 @dataclass(frozen=True)
 class DiTDHParams:
     """Keyword arguments of DiT-DH (``stage_2.params``). Pairs are (encoder, head)."""
 
-    input_size: Annotated[int, "side of the latent (H = W)"] = 16
-    patch_size: Annotated[int | tuple[int, int], "side of a token in latent positions"] = 1
-    in_channels: Annotated[int, "channels of the latent"] = 768
-    hidden_size: Annotated[tuple[int, int], "widths"] = (1152, 2048)
-    depth: Annotated[tuple[int, int], "numbers of blocks"] = (28, 2)
-    num_heads: Annotated[int | tuple[int, int], "attention heads"] = (16, 16)
-    mlp_ratio: Annotated[float, "hidden width of an MLP relative to the block's width"] = 4.0
+    input_size: Annotated[int, "side of the latent (H = W)", COUNT] = 16
+    patch_size: Annotated[int | tuple[int, int], "side of a token in latent positions", COUNT] = 1
+    in_channels: Annotated[int, "channels of the latent", COUNT] = 768
+    hidden_size: Annotated[tuple[int, int], "widths", COUNT] = (1152, 2048)
+    depth: Annotated[tuple[int, int], "numbers of blocks", COUNT] = (28, 2)
+    num_heads: Annotated[int | tuple[int, int], "attention heads", COUNT] = (16, 16)
+    mlp_ratio: Annotated[
+        float, "hidden width of an MLP relative to the block's width", Range(above=0, most=1000)
+    ] = 4.0
     class_dropout_prob: Annotated[
-        float, "probability that a label is replaced by the null label in training"
+        float, "probability that a label is replaced by the null label in training", FRACTION
     ] = 0.1
-    num_classes: Annotated[int, "number of classes, without the null label"] = 1000
+    num_classes: Annotated[int, "number of classes, without the null label", COUNT] = 1000
     use_qknorm: Annotated[bool, "normalise queries and keys"] = False
     use_swiglu: Annotated[bool, "SwiGLU instead of GELU"] = True
     use_rope: Annotated[bool, "rotary position embedding"] = True
     use_rmsnorm: Annotated[bool, "RMSNorm instead of LayerNorm"] = True
     wo_shift: Annotated[bool, "adaLN modulation without a shift"] = False
     use_pos_embed: Annotated[bool, "sin-cos position embedding"] = True
+    conditioning: Annotated[
+        Literal["adaln", "tokens"],
+        "time and label modulate the blocks, or are tokens that the blocks attend to",
+    ] = "adaln"
+    num_t_tokens: Annotated[int, "conditioning by tokens: number of time tokens", COUNT] = 4
+    num_c_tokens: Annotated[int, "conditioning by tokens: number of label tokens", COUNT] = 8
+    base_model_depth: Annotated[
+        int | None, "block that the base head reads, counted from 1; null: no base head", COUNT
+    ] = None
+    repa_layer_depth: Annotated[
+        int | None, "block that the REPA projection reads, counted from 1; null: none", COUNT
+    ] = None
+    z_dim: Annotated[int | None, "channels of the encoder that REPA aligns with", COUNT] = None
 
 
 @dataclass(frozen=True)
 class LightningDiTParams:
     """Keyword arguments of the plain DiT (``stage_2.params``)."""
 
-    input_size: Annotated[int, "side of the latent (H = W)"] = 16
-    patch_size: Annotated[int, "side of a token in latent positions"] = 1
-    in_channels: Annotated[int, "channels of the latent"] = 768
-    hidden_size: Annotated[int, "width"] = 1152
-    depth: Annotated[int, "number of blocks"] = 28
-    num_heads: Annotated[int, "attention heads"] = 16
-    mlp_ratio: Annotated[float, "hidden width of an MLP relative to the block's width"] = 4.0
+    input_size: Annotated[int, "side of the latent (H = W)", COUNT] = 16
+    patch_size: Annotated[int, "side of a token in latent positions", COUNT] = 1
+    in_channels: Annotated[int, "channels of the latent", COUNT] = 768
+    hidden_size: Annotated[int, "width", COUNT] = 1152
+    depth: Annotated[int, "number of blocks", COUNT] = 28
+    num_heads: Annotated[int, "attention heads", COUNT] = 16
+    mlp_ratio: Annotated[
+        float, "hidden width of an MLP relative to the block's width", Range(above=0, most=1000)
+    ] = 4.0
     class_dropout_prob: Annotated[
-        float, "probability that a label is replaced by the null label in training"
+        float, "probability that a label is replaced by the null label in training", FRACTION
     ] = 0.1
-    num_classes: Annotated[int, "number of classes, without the null label"] = 1000
+    num_classes: Annotated[int, "number of classes, without the null label", COUNT] = 1000
     learn_sigma: Annotated[
         bool, "twice the output channels, of which the first half is used (published key)"
     ] = False
@@ -93,6 +141,20 @@ class LightningDiTParams:
     use_rmsnorm: Annotated[bool, "RMSNorm instead of LayerNorm"] = True
     wo_shift: Annotated[bool, "adaLN modulation without a shift"] = False
     use_gembed: Annotated[bool, "Gaussian Fourier time embedding instead of sin-cos"] = True
+    use_pos_embed: Annotated[bool, "sin-cos position embedding"] = True
+    conditioning: Annotated[
+        Literal["adaln", "tokens"],
+        "time and label modulate the blocks, or are tokens that the blocks attend to",
+    ] = "adaln"
+    num_t_tokens: Annotated[int, "conditioning by tokens: number of time tokens", COUNT] = 4
+    num_c_tokens: Annotated[int, "conditioning by tokens: number of label tokens", COUNT] = 8
+    base_model_depth: Annotated[
+        int | None, "block that the base head reads, counted from 1; null: no base head", COUNT
+    ] = None
+    repa_layer_depth: Annotated[
+        int | None, "block that the REPA projection reads, counted from 1; null: none", COUNT
+    ] = None
+    z_dim: Annotated[int | None, "channels of the encoder that REPA aligns with", COUNT] = None
 
 
 AUTOENCODERS = {"rae_xla.models.rae.RAE": RAEParams}
@@ -118,7 +180,10 @@ def register_denoiser(path: str, params: type, names: Sequence[str] = ()) -> Non
 
 def autoencoder_params(spec: ModelSpec, key: str, origin: Origin) -> RAEParams:
     """Return the params of ``stage_1`` with defaults; raise ``UserError`` if one is invalid."""
-    return build(_schema(spec, key, AUTOENCODERS, origin), spec.params, origin, f"{key}.params.")
+    schema = _schema(spec, key, AUTOENCODERS, origin)
+    params: RAEParams = build(schema, spec.params, origin, f"{key}.params.")
+    encoder = check_encoder_params(params.encoder_params, f"{key}.params.encoder_params", origin)
+    return replace(params, encoder_params=encoder)
 
 
 def denoiser_params(spec: ModelSpec, key: str, origin: Origin) -> DiTDHParams | LightningDiTParams:

@@ -20,11 +20,15 @@ TARGETS: dict[str, tuple[str, ...]] = {
         "DiTwDDTHead",
         "stage2.DiTwDDTHead",
         "stage2.models.DDT.DiTwDDTHead",
+        "DiTwDDTHeadIG",
+        "stage2.models.DDT.DiTwDDTHeadIG",
     ),
     "rae_xla.models.dit.LightningDiT": (
         "LightningDiT",
         "stage2.LightningDiT",
         "stage2.models.lightningDiT.LightningDiT",
+        "LightningDiTIG",
+        "stage2.models.lightningDiT.LightningDiTIG",
     ),
     "rae_xla.models.decoder.ViTDecoder": (
         "ViTDecoder",

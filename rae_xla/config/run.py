@@ -15,19 +15,20 @@ from rae_xla.config.registry import full_name
 from rae_xla.config.schema import (
     CheckpointConfig,
     DataConfig,
-    EvalConfig,
-    GanConfig,
     GuidanceConfig,
+    InternalGuidanceConfig,
     MeshConfig,
     MiscConfig,
     ModelSpec,
+    RepaConfig,
     RuntimeConfig,
     SamplerConfig,
     TrackingConfig,
-    TrainingConfig,
     TransportConfig,
     WeightsConfig,
 )
+from rae_xla.config.text_to_image import TextToImageConfig
+from rae_xla.config.training_schema import EvalConfig, GanConfig, TrainingConfig
 
 # Keys that may change when a run is resumed: where it computes, what it reports and when it saves.
 # Every other key affects the numerical result. `epochs` and `steps` are listed because a longer run
@@ -76,9 +77,14 @@ class RunConfig:
 
     stage_1: Annotated[ModelSpec | None, "the autoencoder (RAE)"] = None
     stage_2: Annotated[ModelSpec | None, "the diffusion transformer"] = None
+    text_to_image: Annotated[
+        TextToImageConfig | None, "the text-to-image model, instead of stage_2"
+    ] = None
     transport: TransportConfig = field(default_factory=TransportConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
+    internal_guidance: InternalGuidanceConfig = field(default_factory=InternalGuidanceConfig)
+    repa: Annotated[RepaConfig | None, "alignment with a frozen encoder; omitted: none"] = None
     misc: MiscConfig = field(default_factory=MiscConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     eval: Annotated[EvalConfig | None, "evaluation during training; omitted: none"] = None
@@ -152,7 +158,7 @@ def to_plain(value: Any) -> Any:
         return {str(k): to_plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [to_plain(v) for v in value]
-    return value
+    return str(value) if isinstance(value, str) else value  # a StoragePath is not plain
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

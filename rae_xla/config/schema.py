@@ -1,13 +1,30 @@
 """Schema of the configuration: one frozen dataclass per YAML section.
 
-Each key is a field, documented by the text in its ``Annotated`` type; ``docs/configuration.md`` is
-generated from these texts. Sections of the published files keep their names and defaults.
+Each key is a field. Its ``Annotated`` type has the text that documents it, the range of its numbers
+(``ranges.Range``) or the paths that it accepts (``paths.PathRule``); ``docs/configuration.md`` is
+generated from these. Sections of the published files keep their names and defaults. The sections
+of training are in ``training_schema``.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
+
+from rae_xla.config.paths import ANYWHERE, LOCAL, LOCAL_OR_HUB
+from rae_xla.config.ranges import (
+    COUNT,
+    COUNT_OR_ZERO,
+    EPSILON,
+    FINITE,
+    FRACTION,
+    FRACTION_BELOW_ONE,
+    LARGEST_INTEGER,
+    LOSS_WEIGHT,
+    MESH_AXIS,
+    SECONDS,
+    Range,
+)
 
 
 @dataclass(frozen=True)
@@ -19,7 +36,7 @@ class ModelSpec:
         default_factory=dict
     )
     ckpt: Annotated[
-        str | None, "file of weights: a training checkpoint (its `ema`) or a state dict"
+        str | None, "file of weights: a training checkpoint (its `ema`) or a state dict", ANYWHERE
     ] = None
 
 
@@ -31,16 +48,32 @@ class TransportParams:
         "Linear"
     )
     prediction: Annotated[
-        Literal["velocity", "noise", "score"], "quantity that the network predicts"
+        Literal["velocity", "noise", "score", "x"],
+        "quantity that the network predicts; `x`: the clean latent",
     ] = "velocity"
     loss_weight: Annotated[
         Literal["velocity", "likelihood"] | None, "weighting of the noise and score losses"
     ] = None
-    train_eps: Annotated[float | None, "distance of training times from 0 and 1"] = None
-    sample_eps: Annotated[float | None, "distance of sampling times from 0 and 1"] = None
+    train_eps: Annotated[
+        float | None, "distance of training times from 0 and 1", Range(least=0, below=0.5)
+    ] = None
+    sample_eps: Annotated[
+        float | None, "distance of sampling times from 0 and 1", Range(least=0, below=0.5)
+    ] = None
     time_dist_type: Annotated[
         str, "distribution of training times before the shift: `uniform` or `logit-normal_MU_SIGMA`"
     ] = "logit-normal_0_1"
+    truncate_times: Annotated[
+        bool | None,
+        "restrict training times to at most 0.999 before the shift; default: only if the"
+        " prediction is not `x`",
+    ] = None
+    t_eps: Annotated[
+        float | None,
+        "least time by which a difference to the clean latent is divided to get a velocity;"
+        " default: 0.05 if the prediction is `x`",
+        Range(least=0, below=1),
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -55,16 +88,27 @@ class SamplerParams:
     """Settings of the solver. The last four keys apply to SDE mode only."""
 
     sampling_method: Annotated[str, "`euler`, `heun`, `midpoint`, `rk4`, `dopri5`, …"] = "euler"
-    num_steps: Annotated[int, "points of the time grid (Euler: evaluations + 1)"] = 50
-    atol: Annotated[float, "absolute tolerance of adaptive methods"] = 1e-6
-    rtol: Annotated[float, "relative tolerance of adaptive methods"] = 1e-3
+    num_steps: Annotated[
+        int,
+        "points of the time grid (Euler: evaluations + 1); with `end` the number of steps",
+        Range(least=2, most=LARGEST_INTEGER),
+    ] = 50
+    end: Annotated[
+        float | None,
+        "ODE mode: time before the shift at which sampling ends, such as 0; default: 0.001",
+        FRACTION_BELOW_ONE,
+    ] = None
+    atol: Annotated[float, "absolute tolerance of adaptive methods", FRACTION] = 1e-6
+    rtol: Annotated[float, "relative tolerance of adaptive methods", EPSILON] = 1e-3
     reverse: Annotated[bool, "published key; only `false` is possible"] = False
     diffusion_form: Annotated[str, "form of the diffusion coefficient over time"] = "sigma"
-    diffusion_norm: Annotated[float, "magnitude of the diffusion coefficient"] = 1.0
+    diffusion_norm: Annotated[
+        float, "magnitude of the diffusion coefficient", Range(least=0, most=1000)
+    ] = 1.0
     last_step: Annotated[
         str | None, "method of the last step: `Mean`, `Tweedie`, `Euler` or null (none)"
     ] = "Mean"
-    last_step_size: Annotated[float, "size of the last step"] = 0.04
+    last_step_size: Annotated[float, "size of the last step", FRACTION_BELOW_ONE] = 0.04
 
 
 @dataclass(frozen=True)
@@ -76,16 +120,58 @@ class SamplerConfig:
 
 
 @dataclass(frozen=True)
+class AdditionalGuidanceConfig:
+    """Classifier-free guidance on top of internal guidance; active if scale > 1."""
+
+    scale: Annotated[float, "guidance scale; 1: no guidance", Range(least=0, most=1000)] = 1.0
+    t_min: Annotated[float, "smallest (shifted) time with guidance", FRACTION] = 0.0
+    t_max: Annotated[float, "largest (shifted) time with guidance", FRACTION] = 1.0
+
+
+@dataclass(frozen=True)
 class GuidanceConfig:
-    """Classifier-free guidance or autoguidance; active if scale > 1."""
+    """Classifier-free guidance, autoguidance or internal guidance; active if scale > 1."""
 
     method: Annotated[
-        Literal["cfg", "autoguidance"], "guide with the null label or with a weaker model"
+        Literal["cfg", "autoguidance", "internal"],
+        "guide with the null label, with a weaker model, or with the base head of the model",
     ] = "cfg"
-    scale: Annotated[float, "guidance scale; 1: no guidance"] = 1.0
-    t_min: Annotated[float, "smallest (shifted) time with guidance"] = 0.0
-    t_max: Annotated[float, "largest (shifted) time with guidance"] = 1.0
+    scale: Annotated[float, "guidance scale; 1: no guidance", Range(least=0, most=1000)] = 1.0
+    t_min: Annotated[float, "smallest (shifted) time with guidance", FRACTION] = 0.0
+    t_max: Annotated[float, "largest (shifted) time with guidance", FRACTION] = 1.0
     guidance_model: Annotated[ModelSpec | None, "weaker model of autoguidance"] = None
+    unconditional_scale: Annotated[
+        float | None,
+        "internal guidance with `cfg`: scale for the null label; default: `scale`",
+        Range(least=0, most=1000),
+    ] = None
+    cfg: AdditionalGuidanceConfig = field(default_factory=AdditionalGuidanceConfig)
+
+
+@dataclass(frozen=True)
+class InternalGuidanceConfig:
+    """Training of the base head (`stage_2.params.base_model_depth`)."""
+
+    base_model_coeff: Annotated[
+        float, "weight of the base head's loss, relative to that of the model", LOSS_WEIGHT
+    ] = 1.0
+
+
+@dataclass(frozen=True)
+class RepaConfig:
+    """Alignment of tokens with a frozen encoder (`stage_2.params.repa_layer_depth`)."""
+
+    coeff: Annotated[float, "weight of the alignment loss", LOSS_WEIGHT] = 0.5
+    encoder_cls: Annotated[str, "class of the encoder, as in `stage_1.params`"] = "Dinov2withNorm"
+    encoder_config_path: Annotated[
+        str, "Hugging Face folder or hub id of the encoder", LOCAL_OR_HUB
+    ] = "facebook/dinov2-with-registers-base"
+    encoder_input_size: Annotated[
+        int, "side in pixels of the images that the encoder receives", COUNT
+    ] = 224
+    encoder_params: Annotated[dict[str, Any], "further arguments of the encoder", FINITE] = field(
+        default_factory=dict
+    )
 
 
 @dataclass(frozen=True)
@@ -93,199 +179,50 @@ class MiscConfig:
     """Values that several sections share; omitted ones are derived from the models."""
 
     latent_size: Annotated[
-        tuple[int, int, int] | None, "C, H, W of a latent; default: derived from the encoder"
+        tuple[int, int, int] | None, "C, H, W of a latent; default: derived from the encoder", COUNT
     ] = None
     num_classes: Annotated[
-        int, "number of classes to sample from; default: `stage_2.params.num_classes`"
+        int, "number of classes to sample from; default: `stage_2.params.num_classes`", COUNT
     ] = 1000
-    null_label: Annotated[int, "label that stands for no class; default: `misc.num_classes`"] = 1000
+    null_label: Annotated[
+        int, "label that stands for no class; default: `misc.num_classes`", COUNT_OR_ZERO
+    ] = 1000
     time_dist_shift_dim: Annotated[
-        int | None, "time shift = sqrt(dim / base); default: C·H·W of the latent"
+        int | None, "time shift = sqrt(dim / base); default: C·H·W of the latent", COUNT
     ] = None
-    time_dist_shift_base: Annotated[float, "dimension for which the shift is 1"] = 4096.0
+    time_dist_shift_base: Annotated[
+        float, "dimension for which the shift is 1", Range(above=0, most=1e9)
+    ] = 4096.0
 
 
 @dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW."""
+class FDr6Weights:
+    """Folders of the networks of `fdr6` except Inception; none is downloaded."""
 
-    lr: Annotated[float, "learning rate; `scheduler.base_lr` replaces it"] = 2e-4
-    betas: Annotated[tuple[float, float], "decay rates of the two moments"] = (0.9, 0.95)
-    weight_decay: Annotated[float, "decoupled weight decay, applied to every parameter"] = 0.0
-    eps: Annotated[float, "added to the square root of the second moment"] = 1e-8
-
-
-@dataclass(frozen=True)
-class SchedulerConfig:
-    """Warm-up, then decay from base_lr to final_lr, then constant.
-
-    ``warmup_steps`` replaces ``warmup_epochs``, ``decay_end_steps`` replaces ``decay_end_epoch``.
-    """
-
-    type: Annotated[Literal["linear", "cosine"], "shape of the decay"] = "linear"
-    warmup_epochs: Annotated[
-        float, "length of the warm-up in epochs; the decay starts at its end"
-    ] = 0.0
-    warmup_steps: Annotated[int | None, "the same in optimizer steps"] = None
-    decay_end_epoch: Annotated[
-        float | None, "epoch at which final_lr is reached; default: no decay"
-    ] = None
-    decay_end_steps: Annotated[int | None, "the same in optimizer steps"] = None
-    base_lr: Annotated[float | None, "learning rate after the warm-up; default: `optimizer.lr`"] = (
-        None
-    )
-    final_lr: Annotated[float | None, "learning rate after the decay; default: base_lr"] = None
-    warmup_from_zero: Annotated[
-        bool, "increase the rate linearly from 0 during the warm-up; otherwise hold base_lr"
-    ] = False
-
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    """The training loop of both stages."""
-
-    epochs: Annotated[int, "passes over the training data"] = 1400
-    steps: Annotated[int | None, "optimizer steps; replaces epochs"] = None
-    global_batch_size: Annotated[int | None, "images per optimizer step, over all devices"] = None
-    batch_size: Annotated[
-        int | None, "images per device and micro-batch, if global_batch_size is not given"
-    ] = None
-    grad_accum_steps: Annotated[int, "micro-batches per optimizer step"] = 1
-    ema_decay: Annotated[
-        float, "decay of the exponential moving average of the weights, per step"
-    ] = 0.9995
-    log_every: Annotated[int, "steps between log lines"] = 100
-    checkpoint_interval: Annotated[int, "epochs between checkpoints"] = 4
-    sample_every: Annotated[int, "steps between sample images; 0: none"] = 2500
-    num_samples: Annotated[int, "number of sample images"] = 16
-    clip_grad: Annotated[
-        float | None, "gradient norm above which gradients are clipped; null or 0: no clipping"
-    ] = 1.0
-    skip_grad_norm: Annotated[
-        float | None, "skip steps whose gradient norm before clipping exceeds this value"
-    ] = None
-    max_skipped: Annotated[
-        int,
-        "consecutive skipped steps (non-finite loss or gradient) after which the run rolls back to"
-        " its last good checkpoint",
-    ] = 10
-    max_rollbacks: Annotated[
-        int, "consecutive rollbacks, without a new checkpoint in between, after which the run fails"
-    ] = 2
-    profile_steps: Annotated[tuple[int, int] | None, "first and last step to profile"] = None
-    hang_timeout: Annotated[
-        float,
-        "seconds without progress after which a run exits; 12 times as long during compilation,"
-        " evaluation and sampling; 0: never",
-    ] = 300.0
-    global_seed: Annotated[int, "seed of initial weights, data order, noise and times"] = 0
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
-
-
-@dataclass(frozen=True)
-class EvalConfig:
-    """Evaluation during training."""
-
-    eval_interval: Annotated[int, "steps between evaluations"] = 5000
-    eval_model: Annotated[bool, "also evaluate the weights without EMA"] = False
-    data_path: Annotated[str | None, "validation shards; default: `data.val`"] = None
-    num_images: Annotated[
-        int | None, "number of validation images, from the first; default: all"
-    ] = None
-    batch_size: Annotated[int, "images per batch; does not affect the metrics"] = 64
-    reference_npz_path: Annotated[
-        str | None, "reference images or moments of FID; default: the validation images"
-    ] = None
-    metrics: Annotated[
-        tuple[str, ...] | None,
-        "stage 1: `psnr`, `ssim`, `lpips`, `rfid` (default: all but `lpips`); stage 2: `fid`,"
-        " `sfid`, `is`, `precision`, `recall`, `fd_dinov2` (default: `fid`, `is`)",
-    ] = None
-    num_samples: Annotated[int, "stage 2: number of images generated per evaluation"] = 10_000
-    lite_interval: Annotated[
-        int,
-        "stage 2: steps between small evaluations until the first full one; their metrics are"
-        " named `eval/fid_lite` and so on; 0: none",
-    ] = 1000
-    lite_samples: Annotated[int, "stage 2: number of images generated per small evaluation"] = 512
-
-
-@dataclass(frozen=True)
-class DiscriminatorArch:
-    """Projected discriminator on a frozen DINO ViT."""
-
-    dino_ckpt_path: Annotated[str | None, "weights of the frozen backbone"] = None
-    ks: Annotated[int, "kernel size of the heads"] = 9
-    norm_type: Annotated[str, "`bn` (per-sample batch norm) or `gn`"] = "bn"
-    using_spec_norm: Annotated[bool, "spectral normalisation of the heads"] = True
-    norm_eps: Annotated[float, "epsilon of the normalisation"] = 1e-6
-    recipe: Annotated[
-        str | dict[str, Any],
-        "backbone: `S_8`, `S_16`, `B_16`, or a section of depth, embed_dim, num_heads, patch_size",
-    ] = "S_8"
-    key_depths: Annotated[
-        tuple[int, ...] | None,
-        "blocks whose features the heads receive; default: those of the recipe",
-    ] = None
-
-
-@dataclass(frozen=True)
-class AugmentConfig:
-    """DiffAug of the discriminator's input."""
-
-    prob: Annotated[float, "probability of each augmentation"] = 1.0
-    cutout: Annotated[float, "side of the cutout as a fraction of the image's side"] = 0.0
-
-
-@dataclass(frozen=True)
-class DiscriminatorConfig:
-    """The discriminator and its training."""
-
-    arch: DiscriminatorArch = field(default_factory=DiscriminatorArch)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
-    augment: AugmentConfig = field(default_factory=AugmentConfig)
-
-
-@dataclass(frozen=True)
-class GanLossConfig:
-    """Weights and starting epochs of the stage-1 losses in addition to L1."""
-
-    disc_loss: Annotated[Literal["hinge", "vanilla"], "loss of the discriminator"] = "hinge"
-    gen_loss: Annotated[Literal["vanilla"], "adversarial loss of the decoder"] = "vanilla"
-    disc_weight: Annotated[float, "weight of the adversarial loss"] = 0.0
-    perceptual_weight: Annotated[float, "weight of LPIPS"] = 0.0
-    disc_start: Annotated[float, "epoch at which the adversarial loss starts"] = 0.0
-    disc_upd_start: Annotated[
-        float | None, "epoch at which training of the discriminator starts; default: disc_start"
-    ] = None
-    lpips_start: Annotated[float, "epoch at which LPIPS starts"] = 0.0
-    max_d_weight: Annotated[float, "upper bound of the adaptive weight"] = 1e4
-    disc_updates: Annotated[int, "discriminator updates per step"] = 1
-
-
-@dataclass(frozen=True)
-class GanConfig:
-    """Adversarial and perceptual losses of stage 1."""
-
-    disc: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
-    loss: GanLossConfig = field(default_factory=GanLossConfig)
+    convnext: Annotated[str | None, "facebook/convnextv2-base-22k-224", LOCAL] = None
+    dinov2: Annotated[str | None, "facebook/dinov2-large", LOCAL] = None
+    mae: Annotated[str | None, "facebook/vit-mae-large", LOCAL] = None
+    siglip2: Annotated[str | None, "google/siglip2-so400m-patch16-256", LOCAL] = None
+    clip: Annotated[str | None, "openai/clip-vit-large-patch14", LOCAL] = None
 
 
 @dataclass(frozen=True)
 class WeightsConfig:
     """Weight files of frozen networks in losses and metrics; null: download by their library."""
 
-    vgg16: Annotated[str | None, "VGG16 of LPIPS, in the format of torchvision"] = None
-    lpips: Annotated[str | None, "linear layers of LPIPS, in the format of the lpips package"] = (
+    vgg16: Annotated[str | None, "VGG16 of LPIPS, in the format of torchvision", LOCAL] = None
+    lpips: Annotated[
+        str | None, "linear layers of LPIPS, in the format of the lpips package", LOCAL
+    ] = None
+    inception: Annotated[str | None, "Inception of FID, in the format of torch-fidelity", LOCAL] = (
         None
     )
-    inception: Annotated[str | None, "Inception of FID, in the format of torch-fidelity"] = None
     dinov2: Annotated[
         str | None,
         "DINOv2 of fd_dinov2: folder or hub id; null: facebook/dinov2-with-registers-large",
+        LOCAL_OR_HUB,
     ] = None
+    fdr6: FDr6Weights = field(default_factory=FDr6Weights)
 
 
 @dataclass(frozen=True)
@@ -293,29 +230,39 @@ class DataConfig:
     """Data sets, transforms and data loading."""
 
     train: Annotated[
-        str | tuple[str, ...] | None, "folder of training shards, local or gs://; or a list of them"
+        str | tuple[str, ...] | None,
+        "folder of training shards, local or gs://; or a list of them",
+        ANYWHERE,
     ] = None
     weights: Annotated[
         tuple[float, ...] | None,
         "for a list of folders: fraction of each batch from each; default: equal",
+        Range(above=0, most=1e6),
     ] = None
-    val: Annotated[str | None, "folder of validation shards"] = None
+    val: Annotated[str | None, "folder of validation shards", ANYWHERE] = None
     image_size: Annotated[
-        int, "side of an image in pixels; default: the size of decoded images"
+        int, "side of an image in pixels; default: the size of decoded images", COUNT
     ] = 256
     crop: Annotated[
         Literal["auto", "center", "random"], "`auto`: random in stage 1, center in stage 2"
     ] = "auto"
     flip: Annotated[bool | None, "random horizontal flips; default: only in stage 2"] = None
-    num_workers: Annotated[int, "processes that decode images; 0: decode in the main process"] = 0
-    prefetch: Annotated[int, "number of batches to prepare ahead"] = 2
+    num_workers: Annotated[
+        int | None,
+        "processes that decode images; 0: a thread of the main process; default: on GPUs a core"
+        " each, at most 8, otherwise 0",
+        COUNT_OR_ZERO,
+    ] = None
+    prefetch: Annotated[int, "number of batches to prepare ahead", COUNT] = 2
     max_bad_samples: Annotated[
-        float, "fraction of unreadable samples above which the run fails"
+        float, "fraction of unreadable samples above which the run fails", FRACTION
     ] = 0.001
     cache_dir: Annotated[
-        str | None, "folder on a local disk or RAM disk that caches the shards"
+        str | None, "folder on a local disk or RAM disk that caches the shards", LOCAL
     ] = None
-    cache_gb: Annotated[float, "maximum size of the cache in 10^9 bytes"] = 100.0
+    cache_gb: Annotated[
+        float, "maximum size of the cache in 10^9 bytes", Range(above=0, most=1e6)
+    ] = 100.0
 
 
 @dataclass(frozen=True)
@@ -323,19 +270,31 @@ class IciMesh:
     """Axes over the devices of one slice or host; their product is the number of devices."""
 
     data: Annotated[
-        int, "replicas of the training state (data parallelism); -1: all remaining devices"
+        int,
+        "replicas of the training state (data parallelism); -1: all remaining devices",
+        MESH_AXIS,
     ] = 1
     fsdp: Annotated[
-        int, "devices over which a replica is sharded, as is its batch; -1: all remaining"
+        int,
+        "devices over which a replica is sharded, as is its batch; -1: all remaining",
+        MESH_AXIS,
     ] = -1
-    tensor: Annotated[int, "devices over which each layer is split (tensor parallelism)"] = 1
+    tensor: Annotated[
+        int, "devices over which each layer is split (tensor parallelism)", MESH_AXIS
+    ] = 1
 
 
 @dataclass(frozen=True)
 class DcnMesh:
     """Axes over the data-centre network."""
 
-    data: Annotated[int, "number of slices, each with a replica of the training state"] = 1
+    data: Annotated[int, "number of slices, each with a replica of the training state", COUNT] = 1
+    fsdp: Annotated[
+        int,
+        "slices over which a replica is sharded, for states that no slice can hold: weights are"
+        " gathered over the network between slices",
+        COUNT,
+    ] = 1
 
 
 @dataclass(frozen=True)
@@ -345,7 +304,9 @@ class MeshConfig:
     ici: IciMesh = field(default_factory=IciMesh)
     dcn: DcnMesh = field(default_factory=DcnMesh)
     sharding: Annotated[
-        tuple[str, ...], "files of sharding rules, or folders of them; later ones take precedence"
+        tuple[str, ...],
+        "files of sharding rules, or folders of them; later ones take precedence",
+        LOCAL,
     ] = ("configs/sharding",)
 
 
@@ -363,6 +324,7 @@ class RuntimeConfig:
         float,
         "fraction of the trained blocks whose activations are rematerialised in the backward pass"
         " instead of stored: 0 none, 1 all",
+        FRACTION,
     ] = 0.0
     scan: Annotated[bool, "on XLA: compile identical blocks once and run them in a loop"] = False
     attention: Annotated[
@@ -373,9 +335,14 @@ class RuntimeConfig:
     ] = "auto"
     compile: Annotated[bool, "use torch.compile on CUDA"] = False
     compile_cache: Annotated[
-        str | None, "folder for the persistent cache of compiled XLA programs"
+        str | None, "folder for the persistent cache of compiled XLA programs", LOCAL
     ] = None
-    devices: Annotated[int | None, "number of virtual CPU devices of the xla backend"] = None
+    replay: Annotated[
+        bool,
+        "on XLA: run the compiled program of a step again without tracing the step again; `false`"
+        " traces every step, for debugging",
+    ] = True
+    devices: Annotated[int | None, "number of virtual CPU devices of the xla backend", COUNT] = None
 
 
 @dataclass(frozen=True)
@@ -385,15 +352,18 @@ class CheckpointConfig:
     dir: Annotated[
         str | None,
         "folder of checkpoints, local or gs://; default: `checkpoints` in the results folder",
+        ANYWHERE,
     ] = None
     every_steps: Annotated[
-        int | None, "steps between checkpoints; replaces `training.checkpoint_interval`"
+        int | None, "steps between checkpoints; replaces `training.checkpoint_interval`", COUNT
     ] = None
-    keep_last: Annotated[int, "number of most recent checkpoints to keep"] = 3
-    keep_every: Annotated[int | None, "also keep the checkpoints of every N-th step"] = None
+    keep_last: Annotated[int, "number of most recent checkpoints to keep", COUNT] = 3
+    keep_every: Annotated[int | None, "also keep the checkpoints of every N-th step", COUNT] = None
     resume: Annotated[bool, "resume from the last checkpoint of the results folder"] = True
     retry_seconds: Annotated[
-        float, "seconds for which writing the final checkpoint is retried before the run fails"
+        float,
+        "seconds for which writing the final checkpoint is retried before the run fails",
+        SECONDS,
     ] = 600.0
 
 

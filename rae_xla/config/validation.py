@@ -7,7 +7,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
+from rae_xla.config.free_form import check_encoder_params, check_names
 from rae_xla.config.geometry import latent_size
+from rae_xla.config.intermediate_heads import (
+    check_heads,
+    check_internal_guidance,
+    check_repa,
+)
 from rae_xla.config.model_params import (
     DiTDHParams,
     LightningDiTParams,
@@ -30,7 +36,10 @@ def complete(config: RunConfig, given: Mapping[str, Any], origin: Origin) -> Run
     """
     rae, denoiser = _models(config, origin)
     config = _with_params(config, rae, denoiser)
-    misc, data = config.misc, config.data
+    misc, data, training = config.misc, config.data, config.training
+    if training.clip_grad is not None and training.clip_grad < 0:
+        # Published files switch clipping off with any number that is not positive.
+        training = replace(training, clip_grad=0.0)
     latents = latent_size(rae, origin) if rae else None
     if misc.latent_size is None:
         side = denoiser.input_size if denoiser else 0
@@ -45,7 +54,11 @@ def complete(config: RunConfig, given: Mapping[str, Any], origin: Origin) -> Run
         misc = replace(misc, null_label=misc.num_classes)
     if (given.get("data") or {}).get("image_size") is None and rae and latents:
         data = replace(data, image_size=rae.decoder_patch_size * latents[1])
-    return replace(config, misc=misc, data=data)
+    repa = config.repa
+    if repa is not None:
+        encoder = check_encoder_params(repa.encoder_params, "repa.encoder_params", origin)
+        repa = replace(repa, encoder_params=encoder)
+    return replace(config, misc=misc, data=data, training=training, repa=repa)
 
 
 def _with_params(config: RunConfig, rae: Any, denoiser: Any) -> RunConfig:
@@ -58,14 +71,18 @@ def _with_params(config: RunConfig, rae: Any, denoiser: Any) -> RunConfig:
 
 
 def validate(config: RunConfig, origin: Origin) -> None:
-    """Raise ``UserError`` if a value is out of range or settings contradict each other."""
+    """Raise ``UserError`` if settings contradict each other."""
     rae, denoiser = _models(config, origin)
     _check_numbers(config, origin)
+    check_names(config, origin)
     if rae:
         _check_latent(config, rae, denoiser, origin)
     if denoiser:
+        _check_multiples(denoiser, origin)
         _check_tensor_axis(config, denoiser, origin)
         _check_labels(config, denoiser, origin)
+        check_heads(denoiser, origin)
+        check_repa(config, denoiser, origin)
         _check_guidance(config, denoiser, origin)
     _check_time(config, origin)
     _check_gan(config, origin)
@@ -86,64 +103,20 @@ def _fail(key: str, origin: Origin, reason: str) -> None:
     raise UserError(f"{key} ({origin.describe(key)}): {reason}")
 
 
-_POSITIVE = (
-    "training.epochs",
-    "training.steps",
-    "training.global_batch_size",
-    "training.batch_size",
-    "training.grad_accum_steps",
-    "training.log_every",
-    "training.skip_grad_norm",
-    "training.max_skipped",
-    "training.checkpoint_interval",
-    "sampler.params.num_steps",
-    "misc.num_classes",
-    "misc.time_dist_shift_base",
-    "data.image_size",
-    "data.prefetch",
-    "data.cache_gb",
-    "checkpoint.every_steps",
-    "checkpoint.keep_last",
-    "checkpoint.keep_every",
-    "runtime.devices",
-    "eval.eval_interval",
-    "eval.num_images",
-    "eval.batch_size",
-    "eval.num_samples",
-    "eval.lite_samples",
-    "gan.disc.arch.ks",
-    "gan.loss.disc_updates",
-    "gan.loss.max_d_weight",
-)
-
-
 def _check_numbers(config: RunConfig, origin: Origin) -> None:
     flat = config.flat()
-    for key in _POSITIVE:
-        value = flat.get(key)
-        if value is not None and value <= 0:
-            _fail(key, origin, f"expected a number above 0, got {value}")
-    data = config.data
-    if data.num_workers < 0:
-        _fail("data.num_workers", origin, f"expected 0 or more, got {data.num_workers}")
-    if not 0 <= data.max_bad_samples <= 1:
-        _fail(
-            "data.max_bad_samples",
-            origin,
-            f"expected a fraction between 0 and 1, got {data.max_bad_samples}",
-        )
-    for key in ("training.max_rollbacks", "training.hang_timeout", "checkpoint.retry_seconds"):
-        if flat[key] < 0:
-            _fail(key, origin, f"expected 0 or more, got {flat[key]}")
     training = config.training
-    if (steps := training.profile_steps) is not None and not 1 <= steps[0] <= steps[1]:
+    if (steps := training.profile_steps) is not None and steps[0] > steps[1]:
         _fail(
             "training.profile_steps",
             origin,
             f"expected the first and the last step, counted from 1, got {list(steps)}",
         )
-    if not 0 <= training.ema_decay < 1:
-        _fail("training.ema_decay", origin, f"expected 0 <= decay < 1, got {training.ema_decay}")
+    optimizer, base_lr = training.optimizer, training.scheduler.base_lr
+    rate = optimizer.lr if base_lr is None else base_lr
+    if optimizer.type == "muon" and optimizer.adamw_lr is not None and rate == 0:
+        key = "training.optimizer.adamw_lr"
+        _fail(key, origin, "it is proportional to the rate of the matrices, which is 0: set that")
     batch, parts = training.global_batch_size, training.grad_accum_steps
     if batch is not None and batch % parts:
         _fail(
@@ -152,10 +125,6 @@ def _check_numbers(config: RunConfig, origin: Origin) -> None:
             f"{parts} does not divide training.global_batch_size {batch}",
         )
     axes = [key for key in flat if key.startswith(("mesh.ici.", "mesh.dcn."))]
-    for key in axes:
-        if flat[key] < 1 and not (flat[key] == -1 and key.startswith("mesh.ici.")):
-            wanted = "a number of devices or -1" if key.startswith("mesh.ici.") else "1 or more"
-            _fail(key, origin, f"expected {wanted}, got {flat[key]}")
     if len(open_axes := [key for key in axes if flat[key] == -1]) > 1:
         _fail(open_axes[0], origin, f"only one of {' and '.join(open_axes)} may be -1")
     if config.sampler.params.reverse:
@@ -210,6 +179,25 @@ def _check_latent(
         )
 
 
+def _check_multiples(denoiser: DiTDHParams | LightningDiTParams, origin: Origin) -> None:
+    """Check that heads divide widths, and tokens the latent, for each part of the model."""
+    for whole, part in (("hidden_size", "num_heads"), ("input_size", "patch_size")):
+        if not hasattr(denoiser, whole) or not hasattr(denoiser, part):
+            continue  # a registered denoiser need not have them
+        wholes, parts = (_pair(getattr(denoiser, name)) for name in (whole, part))
+        for size, divisor in zip(wholes, parts, strict=True):
+            if size % divisor:
+                _fail(
+                    f"stage_2.params.{whole}",
+                    origin,
+                    f"expected a multiple of stage_2.params.{part} {divisor}, got {size}",
+                )
+
+
+def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
+    return value if isinstance(value, tuple) else (value, value)
+
+
 def _check_tensor_axis(
     config: RunConfig, denoiser: DiTDHParams | LightningDiTParams, origin: Origin
 ) -> None:
@@ -247,12 +235,15 @@ def _check_guidance(
     config: RunConfig, denoiser: DiTDHParams | LightningDiTParams, origin: Origin
 ) -> None:
     guidance = config.guidance
-    if not 0 <= guidance.t_min < guidance.t_max <= 1:
+    if guidance.t_min >= guidance.t_max:
         _fail(
             "guidance.t_min",
             origin,
-            f"expected 0 <= t_min < t_max <= 1, got {guidance.t_min} and {guidance.t_max}",
+            f"expected t_min < t_max, got {guidance.t_min} and {guidance.t_max}",
         )
+    if guidance.method == "internal":
+        check_internal_guidance(config, denoiser, origin)
+        return
     if guidance.method == "cfg":
         if guidance.scale > 1 and denoiser.class_dropout_prob <= 0:
             _fail(
@@ -305,28 +296,19 @@ def _check_gan(config: RunConfig, origin: Origin) -> None:
     if config.gan is None:
         return
     loss, disc = config.gan.loss, config.gan.disc
-    for name in ("disc_weight", "perceptual_weight", "disc_start", "lpips_start"):
-        value = getattr(loss, name)
-        if value < 0:
-            _fail(f"gan.loss.{name}", origin, f"expected 0 or more, got {value}")
-    if loss.disc_upd_start is not None and not 0 <= loss.disc_upd_start <= loss.disc_start:
+    if loss.disc_upd_start is not None and loss.disc_upd_start > loss.disc_start:
         _fail(
             "gan.loss.disc_upd_start",
             origin,
             f"epoch {loss.disc_upd_start}, but the adversarial loss starts at disc_start"
             f" {loss.disc_start}: the discriminator must be trained from then on, or earlier",
         )
-    if disc.arch.ks % 2 == 0:
-        _fail("gan.disc.arch.ks", origin, f"expected an odd kernel size, got {disc.arch.ks}")
     if disc.arch.norm_type not in ("bn", "gn"):
         _fail("gan.disc.arch.norm_type", origin, f"expected bn or gn, got {disc.arch.norm_type}")
-    if not 0 <= disc.augment.cutout < 1:
-        cutout = disc.augment.cutout
-        _fail("gan.disc.augment.cutout", origin, f"expected 0 <= cutout < 1, got {cutout}")
 
 
 RECON_METRICS = ("psnr", "ssim", "lpips", "rfid")
-GEN_METRICS = ("fid", "sfid", "is", "precision", "recall", "fd_dinov2")
+GEN_METRICS = ("fid", "sfid", "is", "precision", "recall", "fd_dinov2", "fdr6")
 
 
 def _check_eval(config: RunConfig, origin: Origin) -> None:
@@ -338,8 +320,6 @@ def _check_eval(config: RunConfig, origin: Origin) -> None:
             origin,
             "the list is empty: to train without evaluation write eval: null",
         )
-    if config.eval.lite_interval < 0:
-        _fail("eval.lite_interval", origin, f"expected 0 or more, got {config.eval.lite_interval}")
     for name in config.eval.metrics or ():
         if name not in (*RECON_METRICS, *GEN_METRICS):
             known = f"{', '.join(RECON_METRICS)} in stage 1, {', '.join(GEN_METRICS)} in stage 2"

@@ -7,7 +7,7 @@ tenth of the memory.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -22,16 +22,17 @@ from rae_xla.data.bad_samples import (
     replacement,
 )
 from rae_xla.data.counter_rng import Purpose, uniform
-from rae_xla.data.reader import SampleReader
-from rae_xla.data.sampler import BatchSampler, SampleIds, WindowKey
-from rae_xla.data.shards.index import ShardIndex
+from rae_xla.data.image_stack import ImageStack
+from rae_xla.data.sampler import SampleIds
+from rae_xla.data.source_rows import SourceReader, SourceRows, source_readers
 from rae_xla.data.transforms import Pixels, Transform, flip
-from rae_xla.errors import UserError
+from rae_xla.errors import ConnectionLostError, UserError
 from rae_xla.storage.cache import RangeCache
 
 Arrays = dict[str, NDArray[Any]]
 """``image`` uint8 (b, 3, H, W), ``label`` and ``index`` int64 (b,), optionally ``weight``
-float32 (b,)."""
+float32 (b,), and the arrays of ``RowArrays``; with these and several sources also ``source`` int32
+(b,), their numbers."""
 
 LOOK_AHEAD = 512
 """Samples that a worker reads ahead: 170 ms of work at 3,000 samples per second."""
@@ -70,21 +71,33 @@ class BatchSpec(Protocol):
         ...
 
 
-@dataclass(frozen=True, eq=False)
-class SourceRows:
-    """The rows that one source contributes to every step.
+class RowArrays(Protocol):
+    """Makes further arrays of a row, such as tokens of a caption; it pickles.
 
     Attributes:
-        index: of its shards.
-        sampler: order of its samples; its ``global_batch_size`` is the number of these rows.
-        first_row: position of the rows in the global batch.
-        first_id: added to its sample numbers, so that the ids of all sources differ.
+        images_per_row: image slots of a row. With 1 the batch has ``image`` (b, 3, H, W), otherwise
+            (b, slots, 3, H, W) with zeros in unused slots.
     """
 
-    index: ShardIndex
-    sampler: BatchSampler
-    first_row: int = 0
-    first_id: int = 0
+    images_per_row: int
+
+    def arrange(self, shares: Sequence[int]) -> Sequence[NDArray[np.int64]]:
+        """Return the rows of every source in a global batch, from their numbers."""
+        ...
+
+    def arrays(self, first_id: int, sample: int, epoch: int, row: int) -> Arrays:
+        """Return the arrays of one row, without the dimension of rows.
+
+        Args:
+            first_id: see ``SourceRows``.
+            sample: number in its source.
+            epoch: of the step.
+            row: number in the global batch.
+
+        Raises:
+            SampleError: the sample cannot be used.
+        """
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,6 +108,7 @@ class TrainingBatches:
     transform: Transform
     flip: bool
     cache: RangeCache | None = None
+    row_arrays: RowArrays | None = None
 
     def open(self, first: int, last: int, look_ahead: int = LOOK_AHEAD) -> BatchBuilder:
         """See ``BatchSpec``."""
@@ -103,60 +117,84 @@ class TrainingBatches:
 
 class _TrainingBuilder:
     def __init__(self, spec: TrainingBatches, first: int, last: int, look_ahead: int) -> None:
-        self._transform, self._flip, self._count = spec.transform, spec.flip, last - first
-        self._readers = list(_source_readers(spec, first, last, look_ahead))
+        self._transform, self._flip = spec.transform, spec.flip
+        self._first, self._count = first, last - first
+        self._row_arrays = spec.row_arrays
+        self._names_sources = spec.row_arrays is not None and len(spec.sources) > 1
+        self._readers = list(source_readers(spec.sources, first, last, look_ahead, spec.cache))
 
     def build(self, step: int) -> BuiltRows:
-        images = _ImageStack(self._count)
-        parts = []
+        slots = 1 if self._row_arrays is None else self._row_arrays.images_per_row
+        images = ImageStack(self._count, slots)
+        ids = np.empty(self._count, np.int64)
+        labels = np.empty(self._count, np.int64)
+        sources = np.zeros(self._count, np.int32)
+        rows: list[Arrays] = [{}] * self._count
+        bad: list[BadSample] = []
         for source in self._readers:
             source.read_ahead(step)
-            parts.append(self._build_part(source, step, images))
-        ids, labels, bad = zip(*parts, strict=True)
-        arrays = {
-            "image": images.array,
-            "label": np.concatenate(labels),
-            "index": np.concatenate(ids),
+            here, chosen = self._build_part(source, step, images, rows, bad)
+            ids[here] = chosen + source.rows.first_id
+            labels[here] = source.labels(chosen)
+            sources[here] = source.number
+        arrays: Arrays = {
+            "image": images.complete(self._transform),
+            "label": labels,
+            "index": ids,
+            **{name: np.stack([row[name] for row in rows]) for name in rows[0]},
         }
-        return BuiltRows(arrays, [sample for part in bad for sample in part])
+        if self._names_sources:
+            arrays["source"] = sources
+        return BuiltRows(arrays, bad)
 
     def _build_part(
-        self, source: _SourceReader, step: int, images: _ImageStack
-    ) -> tuple[SampleIds, NDArray[np.int64], list[BadSample]]:
-        """Append the images of one source; return its sample ids, labels and bad samples."""
+        self,
+        source: SourceReader,
+        step: int,
+        images: ImageStack,
+        rows: list[Arrays],
+        bad: list[BadSample],
+    ) -> tuple[NDArray[np.int64], SampleIds]:
+        """Set the images and further arrays of one source, and add its bad samples to ``bad``.
+
+        Returns:
+            Its rows among those of this builder, and the samples in them.
+        """
         sampler = source.rows.sampler
-        bad: list[BadSample] = []
         seed, epoch = sampler.seed, sampler.epoch(step)
         ids = source.sample_ids(step)
         crops = [uniform(seed, p, epoch, ids) for p in (Purpose.CROP_X, Purpose.CROP_Y)]
         flips = (uniform(seed, Purpose.FLIP, epoch, ids) < 0.5) & self._flip
         draws = zip(*(crop.tolist() for crop in crops), flips.tolist(), strict=True)
-        for row, (sample, (x, y, flipped)) in enumerate(zip(ids.tolist(), draws, strict=True)):
-            pixels, ids[row] = self._load(source, step, epoch, sample, (x, y), bad)
-            images.append(flip(pixels) if flipped else pixels)
-        labels = source.rows.index.samples["label"][ids].astype(np.int64)
-        return ids + source.rows.first_id, labels, bad
+        here = source.positions - self._first
+        for i, (sample, (x, y, flipped)) in enumerate(zip(ids.tolist(), draws, strict=True)):
+            wanted = _Wanted(step, epoch, sample, int(source.positions[i]), (x, y))
+            pixels, ids[i], further = self._load(source, wanted, bad)
+            for slot, image in enumerate(pixels):
+                images.put(int(here[i]), slot, flip(image) if flipped else image)
+            rows[here[i]] = further
+        return here, ids
 
     def _load(
-        self,
-        source: _SourceReader,
-        step: int,
-        epoch: int,
-        sample: int,
-        u: tuple[float, float],
-        bad: list[BadSample],
-    ) -> tuple[Pixels, int]:
-        """Return the pixels and the number of a sample, or of the sample that replaces it."""
-        index, seed, candidate = source.rows.index, source.rows.sampler.seed, sample
+        self, source: SourceReader, wanted: _Wanted, bad: list[BadSample]
+    ) -> tuple[list[Pixels], int, Arrays]:
+        """Return images, number and arrays of a sample, or of the sample that replaces it."""
+        step, epoch, sample = wanted.step, wanted.epoch, wanted.sample
+        rows, seed, candidate = source.rows, source.rows.sampler.seed, sample
         in_a_row: list[BadSample] = []
         unreachable = 0
         for attempt in range(MAX_REPLACEMENTS + 1):
             try:
-                pixels = source.reader.load(epoch, candidate, self._transform, u)
+                further: Arrays = {}
+                if self._row_arrays is not None:  # first: it costs less than the image
+                    first_id = rows.first_id
+                    further = self._row_arrays.arrays(first_id, candidate, epoch, wanted.row)
+                numbers = rows.images_of(np.array([candidate])).tolist()
+                load = source.reader.load
+                pixels = [load(epoch, number, self._transform, wanted.u) for number in numbers]
             except SampleError as error:
-                following = replacement(seed, epoch, sample, attempt, len(index))
-                path = index.path_of(index.shard_of(candidate))
-                offset = int(index.samples["offset"][candidate])
+                following = replacement(seed, epoch, sample, attempt, rows.sampler.num_samples)
+                path, offset = rows.describe_place(candidate)
                 in_a_row.append(
                     BadSample(step, epoch, candidate, path, offset, error.reason, following)
                 )
@@ -166,11 +204,12 @@ class _TrainingBuilder:
                     break
             else:
                 bad += [dataclasses.replace(sample, replaced_by=candidate) for sample in in_a_row]
-                return pixels, candidate
-        raise UserError(
-            f"{index.folder}: {len(in_a_row)} samples in a row cannot be used, so nothing can be "
-            f"read: {in_a_row[0].reason}; {in_a_row[1].reason}; … Restore access to the shards and "
-            "start the run again: it resumes from its last checkpoint"
+                return pixels, candidate, further
+        lost = unreachable == MAX_UNREACHABLE
+        raise (ConnectionLostError if lost else UserError)(
+            f"{rows.index.folder}: {len(in_a_row)} samples in a row cannot be used, so nothing can "
+            f"be read: {in_a_row[0].reason}; {in_a_row[1].reason}; … Restore access to the shards "
+            "and start the run again: it resumes from its last checkpoint"
         )
 
     def close(self) -> None:
@@ -178,122 +217,11 @@ class _TrainingBuilder:
             source.reader.close()
 
 
-class _SourceReader:
-    """Reads what one worker needs of a source: rows ``first:last`` of those it contributes."""
+class _Wanted(NamedTuple):
+    """A row to load: step, epoch, number of the sample and of the row, uniforms of the crop."""
 
-    def __init__(
-        self, rows: SourceRows, first: int, last: int, look_ahead: int, cache: RangeCache | None
-    ) -> None:
-        self.rows, self._first, self._last = rows, first, last
-        self.reader = SampleReader(rows.index, cache)
-        self._steps_ahead = -(-look_ahead // (last - first))
-        self._next_step = -1
-        # Windows that are being read, and the last step known to use each.
-        self._windows: dict[WindowKey, int] = {}
-
-    def sample_ids(self, step: int) -> SampleIds:
-        """Return the samples of a step."""
-        return self.rows.sampler.sample_ids(step, self._first, self._last)
-
-    def read_ahead(self, step: int) -> None:
-        """Start to read the samples of the steps from ``step`` on.
-
-        The samples of the first step are read singly, all others by windows: so a run that resumes
-        gets its first batch at once, while the windows are read in the background.
-        """
-        sampler = self.rows.sampler
-        last = step + self._steps_ahead
-        if step != self._next_step:
-            self._windows.clear()
-            self.reader.read_ahead(sampler.epoch(step), self.sample_ids(step))
-        for later in range(last if step == self._next_step else step + 1, last + 1):
-            for window, samples in sampler.upcoming(later, self._first, self._last):
-                if window not in self._windows:
-                    self.reader.read_ahead(window[0], samples)
-                self._windows[window] = later
-        self._windows = {w: until for w, until in self._windows.items() if until > step}
-        self._next_step = step + 1
-
-
-def _source_readers(
-    spec: TrainingBatches, first: int, last: int, look_ahead: int
-) -> Iterator[_SourceReader]:
-    """Yield a reader for every source that contributes to rows ``first:last``."""
-    for rows in spec.sources:
-        begin = max(first - rows.first_row, 0)
-        end = min(last - rows.first_row, rows.sampler.global_batch_size)
-        if begin < end:
-            yield _SourceReader(rows, begin, end, look_ahead, spec.cache)
-
-
-@dataclass(frozen=True, eq=False)
-class SinglePassBatches:
-    """Every sample once, centre-cropped; copies of the last, with weight 0, fill the last batch.
-
-    A bad sample is an error: a metric over other samples than it claims would be misleading.
-    """
-
-    index: ShardIndex
-    batch_size: int
-    transform: Transform
-    cache: RangeCache | None = None
-
-    def open(self, first: int, last: int, look_ahead: int = LOOK_AHEAD) -> BatchBuilder:
-        """See ``BatchSpec``."""
-        return _SinglePassBuilder(self, first, last, look_ahead)
-
-
-class _SinglePassBuilder:
-    def __init__(self, spec: SinglePassBatches, first: int, last: int, look_ahead: int) -> None:
-        self._spec, self._first, self._last = spec, first, last
-        self._reader = SampleReader(spec.index, spec.cache)
-        self._steps_ahead = -(-look_ahead // (last - first))
-        self._next_ahead = 0  # the first step whose read-ahead has not started
-
-    def build(self, step: int) -> BuiltRows:
-        end = step + self._steps_ahead + 1
-        for later in range(max(step, self._next_ahead), end):
-            self._reader.read_ahead(later, self._samples(later))
-        self._next_ahead = end
-
-        wanted, ids = self._ids(step)
-        images = _ImageStack(len(ids))
-        samples, counts = np.unique(ids, return_counts=True)
-        for sample, count in zip(samples.tolist(), counts.tolist(), strict=True):
-            pixels = self._reader.load(step, sample, self._spec.transform, (0.5, 0.5))
-            for _ in range(count):
-                images.append(pixels)
-        arrays: Arrays = {
-            "image": images.array,
-            "label": self._spec.index.samples["label"][ids].astype(np.int64),
-            "index": ids,
-            "weight": (wanted < len(self._spec.index)).astype(np.float32),
-        }
-        return BuiltRows(arrays, [])
-
-    def _samples(self, step: int) -> SampleIds:
-        """Return the samples of a step, each once; none after the end of the data set."""
-        wanted, ids = self._ids(step)
-        return np.unique(ids) if wanted[0] <= ids[0] else ids[:0]
-
-    def _ids(self, step: int) -> tuple[SampleIds, SampleIds]:
-        """Return the row numbers of a step in the complete pass, and the sample of each row."""
-        wanted = step * self._spec.batch_size + np.arange(self._first, self._last, dtype=np.int64)
-        return wanted, np.minimum(wanted, len(self._spec.index) - 1)
-
-    def close(self) -> None:
-        self._reader.close()
-
-
-class _ImageStack:
-    """Collects images (H, W, 3) in an array (count, 3, H, W), each while it is in the CPU cache."""
-
-    def __init__(self, count: int) -> None:
-        self.array = np.empty((count, 3, 0, 0), np.uint8)
-        self._next = 0
-
-    def append(self, pixels: Pixels) -> None:
-        if self._next == 0:
-            self.array = np.empty((len(self.array), 3, *pixels.shape[:2]), np.uint8)
-        self.array[self._next] = pixels.transpose(2, 0, 1)
-        self._next += 1
+    step: int
+    epoch: int
+    sample: int
+    row: int
+    u: tuple[float, float]

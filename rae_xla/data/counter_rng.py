@@ -28,6 +28,9 @@ class Purpose(IntEnum):
     SHARD_ORDER = 5
     REPLACEMENT = 6
     SOURCE = 7
+    CAPTION = 8
+    PROMPT = 9
+    PROMPT_DROPOUT = 10
 
 
 def counter_hash(*counters: int | NDArray[np.int64]) -> NDArray[np.uint64]:

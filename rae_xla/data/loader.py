@@ -11,14 +11,16 @@ from contextlib import closing
 from dataclasses import dataclass
 from itertools import count
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from rae_xla.data.bad_samples import BadSampleLog
-from rae_xla.data.batch_builder import BatchSpec, SinglePassBatches, TrainingBatches
+from rae_xla.data.batch_builder import BatchSpec, RowArrays, TrainingBatches
 from rae_xla.data.mixture import Mixture
 from rae_xla.data.prefetch import build_in_processes, build_in_thread
 from rae_xla.data.shards.index import ShardIndex
+from rae_xla.data.single_pass import SinglePassBatches
 from rae_xla.data.transforms import Transform
 from rae_xla.errors import UserError
 from rae_xla.storage.cache import RangeCache
@@ -52,6 +54,7 @@ class TrainingLoader:
         prefetch: batches built ahead of the one in use.
         cache: disk cache of this host, if any.
         bad_samples: counts bad samples, which are replaced, and ends the run if there are too many.
+        row_arrays: makes further arrays of every row, such as the tokens of its caption.
 
     Raises:
         UserError: the batch cannot be divided, or the data set is smaller than one batch; from
@@ -73,12 +76,14 @@ class TrainingLoader:
         prefetch: int = 2,
         cache: RangeCache | None = None,
         bad_samples: BadSampleLog | None = None,
+        row_arrays: RowArrays | None = None,
     ) -> None:
         self.first, self.last = _local_rows(global_batch_size, process_index, process_count)
         mixture = data if isinstance(data, Mixture) else Mixture((data,), (1.0,))
         self._num_samples, self._global_batch_size = len(mixture), global_batch_size
-        sources = mixture.source_rows(global_batch_size, seed, shuffle)
-        self._spec = TrainingBatches(sources, transform, flip, cache)
+        arrange = None if row_arrays is None else row_arrays.arrange
+        sources = mixture.source_rows(global_batch_size, seed, shuffle, arrange)
+        self._spec = TrainingBatches(sources, transform, flip, cache, row_arrays)
         self._workers = _Workers(num_workers, prefetch)
         self._bad = bad_samples or BadSampleLog(per_epoch=len(mixture) // process_count)
 
@@ -92,11 +97,11 @@ class TrainingLoader:
 
     def global_ids(self, step: int) -> list[int]:
         """Return the sample id of every row of the global batch of a step."""
-        return [
-            int(sample) + source.first_id
-            for source in self._spec.sources
-            for sample in source.sampler.sample_ids(step, 0, source.sampler.global_batch_size)
-        ]
+        ids = np.empty(self._global_batch_size, np.int64)
+        for source in self._spec.sources:
+            count = source.sampler.global_batch_size
+            ids[source.positions] = source.sampler.sample_ids(step, 0, count) + source.first_id
+        return ids.tolist()
 
     def batches(self, start_step: int = 0) -> Iterator[Batch]:
         """Return the batches from ``start_step`` on; the cost is the same for every step."""

@@ -5,16 +5,29 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
+from numpy.typing import NDArray
+
 from rae_xla import storage
-from rae_xla.data.batch_builder import SourceRows
 from rae_xla.data.counter_rng import Purpose, counter_hash
 from rae_xla.data.sampler import BatchSampler, block_size
 from rae_xla.data.shards.index import ShardIndex, open_index
+from rae_xla.data.shards.texts import TextTable, has_texts, open_texts
+from rae_xla.data.source_rows import SourceRows
 from rae_xla.errors import UserError
+
+Arrange = Callable[[Sequence[int]], Sequence[NDArray[np.int64]]]
+"""Returns the rows of every source in a batch, from their numbers."""
+
+
+def one_after_another(shares: Sequence[int]) -> list[NDArray[np.int64]]:
+    """Return the rows of every source of a batch in which one source follows another."""
+    return np.split(np.arange(sum(shares)), np.cumsum(shares)[:-1])
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,24 +98,85 @@ class Mixture:
         return f"of each {global_batch_size} rows, {shares}"
 
     def source_rows(
-        self, global_batch_size: int, seed: int, shuffle: bool
+        self, global_batch_size: int, seed: int, shuffle: bool, arrange: Arrange | None = None
     ) -> tuple[SourceRows, ...]:
         """Return the order of every source's samples and its rows in the global batch.
+
+        Args:
+            global_batch_size: rows of a step over all processes.
+            seed: of the run.
+            shuffle: use a new order in every epoch rather than the order of the index.
+            arrange: returns the rows of each source, ascending, for the number of rows of each;
+                by default one source follows another.
 
         Raises:
             UserError: a source has fewer samples than rows in a batch.
         """
-        parts, row, number = [], 0, 0
-        for i, (source, rows) in enumerate(
-            zip(self.sources, self.rows_per_source(global_batch_size), strict=True)
-        ):
+        shares = self.rows_per_source(global_batch_size)
+        positions = (arrange or one_after_another)(shares)
+        parts, number = [], 0
+        for i, (source, rows) in enumerate(zip(self.sources, shares, strict=True)):
             # Sample k of two sources must not get the same crop.
             own_seed = seed if i == 0 else int(counter_hash(seed, Purpose.SOURCE, i)[0] >> 1)
-            block = block_size(len(source), source.num_bytes)
-            sampler = BatchSampler(len(source), rows, own_seed, block, shuffle)
-            parts.append(SourceRows(source, sampler, row, number))
-            row, number = row + rows, number + len(source)
+            first_image = self.first_image(i)
+            count = len(source) if first_image is None else len(first_image) - 1
+            if count < rows:
+                part = "one global batch" if rows == global_batch_size else f"its {rows} rows"
+                raise UserError(
+                    f"{source.folder}: {count} samples, fewer than {part} of {global_batch_size}: "
+                    "lower training.global_batch_size or add data"
+                )
+            block = block_size(count, source.num_bytes)
+            sampler = BatchSampler(count, rows, own_seed, block, shuffle)
+            parts.append(SourceRows(source, sampler, positions[i], number, first_image))
+            number += count
         return tuple(parts)
+
+    def first_image(self, source: int) -> NDArray[np.int64] | None:
+        """Return the first image of every sample of a source, and the number of all its images.
+
+        None: sample i has image i.
+        """
+        return None
+
+
+@dataclass(frozen=True, eq=False)
+class CaptionedMixture(Mixture):
+    """Sources of images with captions; ``texts`` has the table of each source."""
+
+    texts: tuple[TextTable, ...] = ()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash (hexadecimal) of all content and weights, texts included."""
+        described = [super().fingerprint, *(table.fingerprint for table in self.texts)]
+        return hashlib.sha256(json.dumps(described).encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return sum(map(len, self.texts))
+
+    def first_image(self, source: int) -> NDArray[np.int64] | None:
+        """See ``Mixture``."""
+        return self.texts[source].first_image
+
+    def text_tables(self) -> dict[int, TextTable]:
+        """Return the texts of every source by the number of its first sample."""
+        tables, first = {}, 0
+        for table in self.texts:
+            tables[first] = table
+            first += len(table)
+        return tables
+
+    @cached_property
+    def source_names(self) -> tuple[str, ...]:
+        """Name of every source for metrics: that of its folder, numbered where two are equal."""
+        names: list[str] = []
+        for table in self.texts:
+            name = storage.split(table.folder.rstrip("/"))[1] or "data"
+            name = re.sub(r"[^\w.-]", "_", name)
+            number = sum(other == name or other.startswith(f"{name}.") for other in names)
+            names.append(f"{name}.{number}" if number else name)
+        return tuple(names)
 
 
 def open_training_data(
@@ -134,4 +208,7 @@ def open_training_data(
     opened = [storage.real_path(source.folder) for source in sources]
     if twice := [folder for folder in opened if opened.count(folder) > 1]:
         raise UserError(f"data.train names {twice[0]} twice: give it once, with a larger weight")
-    return Mixture(sources, tuple(weights))
+    if not any(has_texts(folder) for folder in folders):
+        return Mixture(sources, tuple(weights))
+    tables = (open_texts(f, len(s)) for f, s in zip(folders, sources, strict=True))
+    return CaptionedMixture(sources, tuple(weights), tuple(tables))

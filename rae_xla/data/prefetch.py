@@ -6,7 +6,6 @@ generator is closed. Like ``batch_builder``, this module does not import torch.
 
 from __future__ import annotations
 
-import signal
 import traceback
 from collections import deque
 from collections.abc import Generator, Iterator
@@ -16,14 +15,14 @@ from ctypes import c_uint8
 from itertools import chain, islice, pairwise
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
 from typing import Any
 
 import numpy as np
 
 from rae_xla.data.bad_samples import BadSample
 from rae_xla.data.batch_builder import Arrays, BatchSpec, BuiltRows
-from rae_xla.errors import UserError
+from rae_xla.data.worker_processes import WorkerProcesses
+from rae_xla.errors import ConnectionLostError, UserError
 
 ALIGNMENT = 64
 """Bytes: arrays in shared memory start at a cache line."""
@@ -98,7 +97,7 @@ def build_in_processes(
     with closing(spec.open(first, first + 1, look_ahead=0)) as builder:
         row = builder.build(first_step).arrays
     layout: Layout = [(name, (last - first, *a.shape[1:]), a.dtype.str) for name, a in row.items()]
-    context = get_context("spawn")  # torch_xla does not work in a forked process
+    context = get_context("spawn")
     # A slot for every batch in progress and one for the batch in use. RawArray unlinks its file at
     # once, so nothing is left behind however the run ends.
     ahead = max(1, ahead)
@@ -108,7 +107,7 @@ def build_in_processes(
 
     workers = min(workers, last - first)
     cuts = [first + (last - first) * i // workers for i in range(workers + 1)]
-    processes: list[SpawnProcess] = []
+    processes = WorkerProcesses()
     pipes: list[Connection] = []
 
     def submit(count: int) -> None:
@@ -120,11 +119,8 @@ def build_in_processes(
     try:
         for low, high in pairwise(cuts):
             ours, theirs = context.Pipe()
-            share = (spec, low, high, first, slots, layout)
-            process = context.Process(target=_worker, args=(theirs, *share), daemon=True)
-            process.start()
+            processes.start(_worker, theirs, spec, low, high, first, slots, layout)
             theirs.close()  # otherwise the pipe would stay open when the worker ends
-            processes.append(process)
             pipes.append(ours)
         submit(ahead)
         while pending:
@@ -134,10 +130,7 @@ def build_in_processes(
             yield BuiltRows(views[slot], bad)
             free.append(slot)
     finally:
-        for process in processes:
-            process.terminate()
-        for process in processes:
-            process.join()
+        processes.close()
         for pipe in pipes:
             pipe.close()
 
@@ -156,6 +149,8 @@ def _receive(pipe: Connection) -> list[BadSample]:
         kind, content = pipe.recv()
     except (EOFError, ConnectionResetError):
         raise UserError(WORKER_DIED) from None
+    if kind == "connection lost":
+        raise ConnectionLostError(content)
     if kind == "user error":
         raise UserError(content)
     if kind == "bug":
@@ -174,8 +169,6 @@ def _worker(
     layout: Layout,
 ) -> None:
     """Run a worker: build rows ``low:high`` of each requested step until the pipe is closed."""
-    # Ctrl-C reaches the whole process group, but only the main process may react to it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     views = [_views(slot, layout) for slot in slots]
     builder = spec.open(low, high)
     while True:
@@ -189,6 +182,8 @@ def _worker(
             for name, part in built.arrays.items():
                 views[slot][name][low - first : high - first] = part
             reply = ("done", built.bad)
+        except ConnectionLostError as error:
+            reply = ("connection lost", str(error))
         except UserError as error:
             reply = ("user error", str(error))
         except Exception:

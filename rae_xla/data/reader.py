@@ -9,7 +9,6 @@ read; they wait for the network and need no core.
 from __future__ import annotations
 
 import errno
-import io
 import threading
 import zlib
 from collections import deque
@@ -18,13 +17,13 @@ from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
-from PIL import Image
 
 from rae_xla import storage
 from rae_xla.data.bad_samples import SampleError
+from rae_xla.data.image_decoding import ImageError, open_image
 from rae_xla.data.sampler import SampleIds
 from rae_xla.data.shards.index import Shard, ShardIndex
-from rae_xla.data.transforms import DECODE_ERRORS, Pixels, Transform
+from rae_xla.data.transforms import Pixels, Transform
 from rae_xla.errors import UserError
 from rae_xla.storage.cache import RangeCache
 
@@ -74,11 +73,9 @@ class SampleReader:
         """
         content = self.encoded(epoch, sample)
         try:
-            with Image.open(io.BytesIO(content)) as image:
+            with open_image(content) as image:
                 return np.asarray(transform(image, u))
-        except UserError:
-            raise
-        except DECODE_ERRORS as error:
+        except ImageError as error:
             path = self.index.path_of(self.index.shard_of(sample))
             raise SampleError(
                 f"{path}: the image of sample {sample} does not decode ({error})",

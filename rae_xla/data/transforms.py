@@ -1,4 +1,4 @@
-"""Image formats, decoding errors, and the transforms from an image to a model's input.
+"""The transforms from an image to a model's input.
 
 The transforms do not generate random numbers: crops take uniforms as arguments (see
 ``counter_rng``), so a sample is cropped the same way wherever and whenever it is loaded.
@@ -7,7 +7,6 @@ The transforms do not generate random numbers: crops take uniforms as arguments 
 from __future__ import annotations
 
 import math
-import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -16,42 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from rae_xla.data.image_decoding import to_rgb
 from rae_xla.errors import UserError
-
-IMAGE_EXTENSIONS = ("bmp", "gif", "jpeg", "jpg", "png", "tif", "tiff", "webp")
-"""Extensions (lower case) of files, and of members of a shard, that are images."""
-
-DECODE_ERRORS = (
-    EOFError,
-    OSError,
-    SyntaxError,
-    ValueError,
-    struct.error,
-    Image.DecompressionBombError,
-)
-"""What Pillow raises for bytes that are not a valid image."""
 
 Pixels = NDArray[np.uint8]
 Transform = Callable[[Image.Image, Sequence[float]], Pixels]
 """(image, two uniforms in [0, 1)) -> uint8 (H, W, 3), with the same H and W for every image."""
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert to RGB with 8 bits per channel: repeat grey, convert CMYK, drop transparency.
-
-    Raises:
-        ValueError: the pixels are not integers of up to 16 bits.
-    """
-    if image.mode == "F":
-        raise ValueError("its pixels are floating-point numbers of unknown range")
-    if image.mode.startswith("I"):
-        # Pillow would clip 16-bit greys at 255 instead of scaling them.
-        values = np.asarray(image).astype(np.int64)
-        if (values > 0xFFFF).any():
-            raise ValueError("its pixels have more than 16 bits")
-        grey = np.clip(values >> 8, 0, 255)
-        image = Image.fromarray(grey.astype(np.uint8))
-    return image.convert("RGB")
 
 
 def resize_short_side(image: Image.Image, size: int) -> Image.Image:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +14,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from rae_xla.checkpoint.tensors import open_weights
+import rae_xla.interop  # noqa: F401  so that checkpoints and results folders can be opened
 from rae_xla.errors import UserError
 from rae_xla.evaluate.chunks import chunk_rows, on_devices
 from rae_xla.evaluate.feature_networks import FeatureNetwork
 from rae_xla.evaluate.frechet import MomentStream, frechet_distance
 from rae_xla.evaluate.image_metrics import psnr
 from rae_xla.evaluate.references import Reference
+from rae_xla.models.pretrained.weight_files import open_weights_source
 from rae_xla.models.rae import RAE
 from rae_xla.models.weights import load_strict
 from rae_xla.progress import progress_bar
 from rae_xla.runtime import Backend, Batch
 from rae_xla.sample.images import Pixels, to_grid, to_pixels
 from rae_xla.sample.reconstruct import with_decoder
+from rae_xla.sample.rows import collect_rows_later, in_flight
 from rae_xla.sample.sampler import Latents
 
 GRID_COLUMNS = 10
@@ -127,7 +130,8 @@ def load_decoders(rae: RAE, paths: Sequence[str]) -> dict[str, nn.Module]:
 
     Args:
         rae: an autoencoder whose decoder has the same architecture.
-        paths: weight files of decoders alone.
+        paths: weight files of decoders or complete autoencoders, checkpoints, or results folders;
+            of a training checkpoint, the averaged weights.
 
     Returns:
         The decoders by name: the file's stem, or its path if two files have the same stem.
@@ -139,16 +143,12 @@ def load_decoders(rae: RAE, paths: Sequence[str]) -> dict[str, nn.Module]:
     ambiguous = len(set(stems)) < len(stems)
     decoders: dict[str, nn.Module] = {}
     for path, stem in zip(paths, stems, strict=True):
-        state = open_weights(path, "--decoders")
-        bare = isinstance(state, dict) and all(isinstance(v, Tensor) for v in state.values())
-        if not bare or any(str(key).startswith("decoder.") for key in state):
-            raise UserError(
-                f"--decoders: {path} is a checkpoint or a complete autoencoder, not a decoder; "
-                f"`rae-xla checkpoints export {path} --what decoder --out decoder.pt` extracts the "
-                "decoder"
-            )
         decoder = copy.deepcopy(rae.decoder)
-        load_strict(decoder, state, f"--decoders: {path}")
+        try:
+            content = open_weights_source(path, part="decoder")
+            load_strict(decoder, content.state, str(path))
+        except UserError as error:
+            raise UserError(f"--decoders: {error}") from None
         name = str(path) if ambiguous else stem
         if name in decoders:
             raise UserError(f"--decoders: {path} is given twice")
@@ -188,23 +188,26 @@ def compare_decoders(
     parts = (latents[start : start + rows] for start in range(0, len(latents), rows))
     total = -(-len(latents) // rows)
     quiet = backend.process_index != 0
-    seen = 0
-    chunks = on_devices(backend, parts)
-    for part, chunk in progress_bar(chunks, total=total, unit="chunk", disable=quiet):
-        images = {name: decode[name](chunk) for name in names}
-        outputs: dict[str, Batch] = {name: {"pixels": images[name]} for name in names}
-        if features is not None:
-            for name in names:
-                outputs[name]["features"] = features(images[name])
-        fetched = {name: backend.to_host(outputs[name]) for name in names}
-        first = fetched[names[0]]["pixels"][: len(part)].numpy()
+
+    def start() -> Iterator[Callable[[], dict[str, Batch]]]:
+        chunks = on_devices(backend, parts)
+        for _, chunk in progress_bar(chunks, total=total, unit="chunk", disable=quiet):
+            outputs: dict[str, Batch] = {n: {"pixels": decode[n](chunk["rows"])} for n in names}
+            if features is not None:
+                for output in outputs.values():
+                    output["features"] = features(output["pixels"])
+            copies = {n: collect_rows_later(backend, chunk, outputs[n]) for n in names}
+            yield partial(_wait_for, copies)
+
+    for first_row, fetched in zip(range(0, len(latents), rows), in_flight(start()), strict=True):
+        count = min(rows, len(latents) - first_row)
+        first = fetched[names[0]]["pixels"][:count].numpy()
         for name in names:
-            pixels = fetched[name]["pixels"][: len(part)].numpy()
+            pixels = fetched[name]["pixels"][:count].numpy()
             ratios[name].append(psnr(first, pixels))
             if features is not None:
-                moments[name].add(fetched[name]["features"][: len(part)])
-            shown[name] += list(pixels[: max(0, GRID_COLUMNS - seen)])
-        seen += len(part)
+                moments[name].add(fetched[name]["features"][:count])
+            shown[name] += list(pixels[: max(0, GRID_COLUMNS - first_row)])
     fids: dict[str, float | None] = dict.fromkeys(names)
     warning = None
     if features is not None and reference is not None:
@@ -224,6 +227,10 @@ def compare_decoders(
         grid=_grid(shown),
         warnings=(warning,) if warning else (),
     )
+
+
+def _wait_for(copies: Mapping[str, Callable[[], Batch]]) -> dict[str, Batch]:
+    return {name: wait() for name, wait in copies.items()}
 
 
 def _decode_function(rae: RAE, backend: Backend) -> Callable[[Tensor], Tensor]:

@@ -34,10 +34,11 @@ class FeatureModule(nn.Module):
 
 
 class FeatureNetwork:
-    """A ``FeatureModule`` that is placed on the devices and compiled."""
+    """A ``FeatureModule`` that is placed on the devices, compiled and computed in float32."""
 
     def __init__(self, network: FeatureModule, backend: Backend) -> None:
         backend.place(network)
+        self._backend = backend
         self.source = network.source
 
         @backend.compile
@@ -50,11 +51,12 @@ class FeatureNetwork:
 
     def all(self, pixels: Tensor) -> Batch:
         """Return every feature (B, D), by name, of a chunk of images (B, 3, H, W) uint8."""
-        return self._features(pixels)
+        with self._backend.full_float32():
+            return self._features(pixels)
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """Return the ``pool`` features (B, 2048) of Inception for a chunk of images."""
-        return self._features(pixels)["pool"]
+        return self.all(pixels)["pool"]
 
 
 class DinoFeatures(FeatureModule):

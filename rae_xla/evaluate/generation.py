@@ -1,4 +1,4 @@
-"""Metrics of generated images: FID, sFID, Inception Score, precision, recall, DINOv2 distance.
+"""Metrics of generated images: FID and relatives, Inception Score, precision, recall.
 
 As with reconstructions, every device always works on the same number of rows (see ``chunks``), and
 sums are float64 in the order of the images: no metric depends on the batch size or the devices.
@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from rae_xla.errors import UserError
+from rae_xla.evaluate.fdr6 import FDR6, combine_parts, with_parts
+from rae_xla.evaluate.fdr6_networks import load_extractors
 from rae_xla.evaluate.feature_networks import FeatureNetwork, load_dino
 from rae_xla.evaluate.frechet import frechet_distance
 from rae_xla.evaluate.image_sets import ImageSet
@@ -28,8 +31,10 @@ from rae_xla.evaluate.set_features import (
 )
 from rae_xla.runtime import Backend
 
-INCEPTION_METRICS = ("fid", "sfid", "is", *COVERAGE)
+INCEPTION_METRICS = ("fid", "sfid", "is", FDR6, *COVERAGE)
 DINO_METRIC = "fd_dinov2"
+OPTIONAL_METRICS = (DINO_METRIC, FDR6)
+"""Metrics of further networks, which are computed only if they are requested."""
 
 PUBLISHED_COUNT = 50_000
 """Number of samples of published FIDs."""
@@ -100,6 +105,7 @@ def load_networks(
     backend: Backend,
     metrics: Sequence[str],
     *,
+    fdr6: Mapping[str, str | None] = MappingProxyType({}),
     without: Callable[[Sequence[str]], str],
 ) -> list[FeatureNetwork]:
     """Load and place the feature networks that metrics need.
@@ -109,6 +115,7 @@ def load_networks(
         dinov2: folder or hub id of DINOv2; None for ``feature_networks.DINO``.
         backend: where they are placed.
         metrics: any of ``GEN_METRICS``.
+        fdr6: folders of the networks of ``fdr6``, by name.
         without: given the remaining metrics, returns the option that requests only those, for
             error messages.
 
@@ -122,6 +129,10 @@ def load_networks(
     if DINO_METRIC in metrics:
         others = [metric for metric in metrics if metric != DINO_METRIC] or ["fid"]
         networks.append(FeatureNetwork(load_dino(dinov2, without(others)), backend))
+    if FDR6 in metrics:
+        others = [metric for metric in metrics if metric != FDR6] or ["fid"]
+        extractors = load_extractors(fdr6, without(others))
+        networks += [FeatureNetwork(extractor, backend) for extractor in extractors]
     return networks
 
 
@@ -160,7 +171,8 @@ def evaluate_generation(
     left_out: dict[str, str] = {}
     if reference is not None:
         left_out = {name: why for name, why in reference.unavailable.items() if name in metrics}
-    possible = [metric for metric in metrics if metric not in left_out]
+    computed = [metric for metric in metrics if metric not in left_out]
+    possible = with_parts(computed)
     if not possible:
         reasons = "; ".join(dict.fromkeys(left_out.values()))
         raise UserError(f"none of the metrics can be computed: {reasons}")
@@ -184,7 +196,7 @@ def evaluate_generation(
         image_size=sets[0].side,
         reference=reference.source if reference else None,
         left_out=left_out,
-        warnings=_warnings(reference.source, sets[0].count, possible) if reference else (),
+        warnings=_warnings(reference.source, sets[0].count, computed) if reference else (),
     )
 
 
@@ -200,6 +212,11 @@ def _warnings(reference: Reference, count: int, metrics: Sequence[str]) -> tuple
                 "give larger values"
             )
     images = reference.count if reference.images is None else reference.images
+    if FDR6 in metrics and count < PUBLISHED_COUNT:
+        warnings.append(
+            f"published values of {FDR6} use {PUBLISHED_COUNT:,} samples; fewer, such as these "
+            f"{count:,}, give larger values"
+        )
     if DINO_METRIC in metrics and images != count:
         warnings.append(
             f"{DINO_METRIC} compares {count} samples with {images} images: both numbers bias it, "
@@ -249,11 +266,11 @@ def _compare(
         for metric in metrics:
             if metric in FRECHET:
                 name = FRECHET[metric]
-                values[metric] = frechet_distance(
-                    features.gaussians[name], reference.gaussians[name]
-                )
+                other = reference.gaussians.get(metric) or reference.gaussians[name]
+                values[metric] = frechet_distance(features.gaussians[name], other)
                 on_progress()
+        values = combine_parts(values)
     # every process takes the values of process 0, which JSON preserves to the last bit
     values = json.loads(backend.all_gather_text(json.dumps(values))[0])
-    names = [name for m in metrics for name in ([m, FIDELITY] if m == "is" else [m])]
+    names = [name for m in metrics for name in ([m, FIDELITY] if m == "is" else [m])] + [FDR6]
     return {name: values[name] for name in names if name in values}

@@ -5,9 +5,9 @@ All processes of a run read a set together, each its share.
 
 from __future__ import annotations
 
-import io
 import json
 import os
+import zipfile
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,20 +17,26 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from PIL import Image
 
+from rae_xla.data.image_decoding import IMAGE_EXTENSIONS, ImageError, decode_rgb
+from rae_xla.data.image_finder import ImageNotes, LeftOut, find_files, no_images_message
 from rae_xla.data.loader import one_pass
 from rae_xla.data.shards.index import ShardIndex
-from rae_xla.data.shards.tars import DamagedTarError, scan_samples
-from rae_xla.data.transforms import DECODE_ERRORS, IMAGE_EXTENSIONS, CenterCrop, to_rgb
+from rae_xla.data.shards.tar_faults import DamagedTarError, tar_fault
+from rae_xla.data.shards.tar_samples import scan_images
+from rae_xla.data.transforms import CenterCrop
 from rae_xla.errors import UserError
 from rae_xla.evaluate.npz_images import NpzImages
 from rae_xla.sample.images import Pixels
+from rae_xla.sample.prompted_images import read_listing
 from rae_xla.sample.sample_set import SET_FILE, SETTINGS_FILE
 from rae_xla.sample.sampler import ImageSampler
 
 READERS = 8
 """Threads that decode images; Pillow releases Python's lock."""
+
+
+_OTHER = "not of the set"  # why an image is left out
 
 
 class ImageSet(Protocol):
@@ -71,7 +77,8 @@ def open_images(path: str | Path, limit: int | None = None) -> ImageSet:
     Args:
         path: an ``.npz`` file with ``arr_0``, or a folder that contains images or tar files of
             images, at any depth. Images are sorted by number if all their names are numbers, and by
-            path otherwise. In a folder of ``rae-xla sample``, only the samples are read.
+            path otherwise. In a folder of ``rae-xla sample`` or ``generate``, only the images of
+            the set are read. What is not read is logged.
         limit: number of images to use, from the first; None for all.
 
     Raises:
@@ -81,10 +88,14 @@ def open_images(path: str | Path, limit: int | None = None) -> ImageSet:
     images: NpzImageSet | FileImageSet
     if path.is_dir():
         images = _open_folder(path)
-    elif path.suffix == ".npz" or path.is_file():
-        images = NpzImageSet(path)
-    else:
+    elif not path.is_file():
         raise UserError(f"samples {path}: there is no such file or folder")
+    elif path.suffix != ".npz" and not zipfile.is_zipfile(path):
+        raise UserError(
+            f"samples {path}: give an .npz file, or the folder of the images or of their tar files"
+        )
+    else:
+        images = NpzImageSet(path)
     if limit is not None:
         if not 1 <= limit <= images.count:
             raise UserError(
@@ -142,7 +153,7 @@ class FileImageSet:
 
     def __init__(self, name: str, files: list[_File]) -> None:
         self.name, self.count, self._files = name, len(files), files
-        first = files[0].read()
+        first, _ = files[0].read()
         if first.shape[1] != first.shape[2]:
             raise UserError(
                 f"{files[0]}: {first.shape[2]} x {first.shape[1]} pixels; samples must be square"
@@ -153,24 +164,29 @@ class FileImageSet:
         """See :class:`ImageSet`. Every process reads only its images, a few chunks ahead."""
         files = self._files[: self.count]
         parts = (files[start : start + rows][own] for start in range(0, len(files), rows))
+        notes = ImageNotes()
         ahead = 1 + -(-2 * READERS // max(1, own.stop - own.start))
-        pending: deque[tuple[list[_File], list[Future[Pixels]]]] = deque()
+        pending: deque[tuple[list[_File], list[Future[tuple[Pixels, ImageNotes]]]]] = deque()
         with ThreadPoolExecutor(READERS) as readers:
             try:
                 for part in parts:
                     pending.append((part, [readers.submit(file.read) for file in part]))
                     if len(pending) > ahead:
-                        yield self._stack(*pending.popleft())
+                        yield self._stack(*pending.popleft(), notes)
                 while pending:
-                    yield self._stack(*pending.popleft())
+                    yield self._stack(*pending.popleft(), notes)
             finally:
                 readers.shutdown(cancel_futures=True)
+                notes.log(f"samples {self.name}")
 
-    def _stack(self, part: list[_File], futures: list[Future[Pixels]]) -> Pixels:
+    def _stack(
+        self, part: list[_File], futures: list[Future[tuple[Pixels, ImageNotes]]], notes: ImageNotes
+    ) -> Pixels:
         shape = (3, self.side, self.side)
         stacked = np.empty((len(part), *shape), np.uint8)
         for row, (file, future) in enumerate(zip(part, futures, strict=True)):
-            image = future.result()
+            image, of_image = future.result()
+            notes.merge(of_image)
             if image.shape != shape:
                 raise UserError(
                     f"{file}: {image.shape[2]} x {image.shape[1]} pixels, but the first image has "
@@ -261,10 +277,11 @@ class _File:
 
     @property
     def stem(self) -> str:
-        return (self.member or self.path.name).rpartition("/")[2].partition(".")[0]
+        return (self.member or self.path.name).rpartition("/")[2].rpartition(".")[0]
 
-    def read(self) -> Pixels:
-        """Return the pixels (3, H, W)."""
+    def read(self) -> tuple[Pixels, ImageNotes]:
+        """Return the pixels (3, H, W), and what is not read of the image."""
+        notes = ImageNotes()
         try:
             if self.member is None:
                 content = self.path.read_bytes()
@@ -272,9 +289,9 @@ class _File:
                 with self.path.open("rb") as file:
                     file.seek(self.offset)
                     content = file.read(self.size)
-            with Image.open(io.BytesIO(content)) as image:
-                return np.asarray(to_rgb(image)).transpose(2, 0, 1)
-        except DECODE_ERRORS as error:
+            pixels = np.asarray(decode_rgb(content, str(self), notes)).transpose(2, 0, 1)
+            return pixels, notes
+        except (ImageError, OSError) as error:
             raise UserError(f"{self}: not a readable image ({error}): generate it again") from error
 
     def __str__(self) -> str:
@@ -282,49 +299,86 @@ class _File:
 
 
 def _open_folder(folder: Path) -> FileImageSet | NpzImageSet:
-    files = sorted(_files_under(folder), key=lambda file: (str(file.path), file.offset))
-    settings = folder / SETTINGS_FILE
-    if settings.is_file():
-        # Exclude grid.png, and duplicates: an interrupted packing leaves images in a tar file and
-        # in the folder that it was packed from.
-        files = list({file.stem: file for file in files if file.stem.isdigit()}.values())
+    left_out = LeftOut()
+    found = _files_under(folder, left_out)
+    files = sorted(found, key=lambda file: (str(file.path), file.offset))
+    settings, expected = folder / SETTINGS_FILE, None
+    if (listing := read_listing(folder)) is not None:
+        expected = len(listing)
+        files = _of_listing(folder, files, [name for name, _ in listing], left_out)
+    elif settings.is_file():
+        expected = _recorded_count(settings)
+        files = _of_set(files, expected, left_out)
         if not files and (folder / SET_FILE).is_file():
             return NpzImageSet(folder / SET_FILE)
-        expected = json.loads(settings.read_text(encoding="utf-8")).get("count")
-        if expected is not None and len(files) < expected:
-            raise UserError(
-                f"samples {folder}: the set is unfinished, with {len(files)} of {expected} images: "
-                "repeat its `rae-xla sample` command, which generates the rest"
-            )
+    if expected is not None and len(files) < expected:
+        raise UserError(
+            f"samples {folder}: the set is unfinished, with {len(files)} of {expected} images: "
+            "repeat its command, which generates the rest"
+        )
     if not files:
         raise UserError(
-            f"samples {folder}: the folder contains no images (.png and the like, loose or in .tar "
-            "files, at any depth)"
+            f"samples {folder}: the folder contains no images, loose or in .tar files, at any "
+            f"depth: {no_images_message(left_out)}"
         )
+    left_out.log(f"samples {folder}")
     stems = {file.stem for file in files}
     if len(stems) == len(files) and all(stem.isdigit() for stem in stems):
         files.sort(key=lambda file: int(file.stem))
     return FileImageSet(str(folder), files)
 
 
-def _files_under(folder: Path) -> Iterator[_File]:
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            path = Path(parent, name)
-            extension = path.suffix.lower().removeprefix(".")
-            if name.startswith("."):
-                continue
-            if extension == "tar":
-                yield from _members(path)
-            elif extension in IMAGE_EXTENSIONS:
-                yield _File(path)
+def _of_set(files: list[_File], count: int | None, left_out: LeftOut) -> list[_File]:
+    """Return the images of a sample set by their numbers; ``left_out`` gets the others.
+
+    An interrupted packing leaves images in a tar file and in the folder that it was packed from.
+    """
+    of_set: dict[int, _File] = {}
+    for file in files:
+        if file.stem.isdecimal() and (count is None or int(file.stem) < count):
+            of_set[int(file.stem)] = file
+        else:
+            left_out.add(_OTHER, str(file))
+    return list(of_set.values())
 
 
-def _members(path: Path) -> Iterator[_File]:
+def _of_listing(
+    folder: Path, files: list[_File], listed: list[str], left_out: LeftOut
+) -> list[_File]:
+    """Return the images of a listing, in its order; ``left_out`` gets the others."""
+    by_name = {os.path.relpath(str(file), folder): file for file in files}
+    for name in by_name.keys() - set(listed):
+        left_out.add(_OTHER, str(by_name[name]))
+    return [by_name[name] for name in listed if name in by_name]
+
+
+def _recorded_count(settings: Path) -> int | None:
+    """Return the number of images of a sample set; None if its settings do not have it."""
+    try:
+        count = json.loads(settings.read_text(encoding="utf-8")).get("count")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{settings} cannot be read ({error}): generate the samples again"
+        ) from None
+    return count if isinstance(count, int) else None
+
+
+def _files_under(folder: Path, left_out: LeftOut) -> Iterator[_File]:
+    for name in find_files(folder, left_out, {*IMAGE_EXTENSIONS, "tar"}):
+        path = Path(name)
+        if path.suffix.lower() == ".tar":
+            yield from _members(path, left_out)
+        else:
+            yield _File(path)
+
+
+def _members(path: Path, left_out: LeftOut) -> Iterator[_File]:
+    of_tar, count = LeftOut(), 0
     try:
         with path.open("rb") as file:
-            for sample in scan_samples(file):
-                if sample.has_image:
-                    yield _File(path, sample.key, sample.offset, sample.size)
+            for image in scan_images(file, of_tar):
+                yield _File(path, image.name, image.offset, image.size)
+                count += 1
     except (DamagedTarError, OSError) as error:
-        raise UserError(f"samples {path}: the tar file is damaged: {error}") from error
+        raise UserError(f"samples {path}: {tar_fault(error, count)}") from error
+    left_out.merge(of_tar)

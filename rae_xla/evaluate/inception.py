@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from rae_xla.errors import UserError
 from rae_xla.evaluate.feature_networks import FeatureModule
 from rae_xla.models.weights import read_torch_file
+from rae_xla.ops.dispatch import requires_static_graph
 
 if TYPE_CHECKING:
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
@@ -88,11 +90,14 @@ def _interpolation(source: int, target: int, like: Tensor) -> tuple[Tensor, Tens
         (target, source) matrix that selects the lower pixel; (target, source) matrix that gives
         the difference of the upper and the lower pixel; (target,) weights of that difference.
     """
-    scale = torch.tensor(source / target, dtype=torch.float32, device="cpu")
-    position = torch.arange(target, dtype=torch.float32, device="cpu") * scale
+    # On XLA they are computed on the CPU and become constants of the compiled graph. Elsewhere a
+    # copy from the CPU would make the host wait for all work of the device.
+    device = torch.device("cpu") if requires_static_graph(like.device) else like.device
+    scale = float(np.float32(source / target))
+    position = torch.arange(target, dtype=torch.float32, device=device) * scale
     lower = position.long()
     upper = (lower + 1).clamp_max(source - 1)
-    select = torch.eye(source, dtype=torch.float32, device="cpu")
+    select = torch.eye(source, dtype=torch.float32, device=device)
     parts = select[lower], select[upper] - select[lower], position - lower.float()
     low, step, fraction = (part.to(like.device) for part in parts)
     return low, step, fraction

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from rae_xla.models.rae import RAE
 from rae_xla.runtime import Backend, Batch
 from rae_xla.sample.images import to_unit
+from rae_xla.sample.rows import in_flight
 
 
 @dataclass(frozen=True)
@@ -64,14 +65,15 @@ def latent_moments(rae: RAE, backend: Backend, batches: Iterable[Mapping[str, Te
         squares = ((latents - mean) ** 2 * weight).sum(0)
         return tuple(moment[None] for moment in (count, mean, squares))
 
+    def start() -> Iterator[Callable[[], Batch]]:
+        for host_batch in batches:
+            batch = backend.shard_batch({name: host_batch[name] for name in ("image", "weight")})
+            moments = dict(zip(("n", "mean", "squares"), batch_moments(batch), strict=True))
+            # One row per graph: a backend's graph sees the rows of all processes, or only its own.
+            yield backend.to_host_later(moments)
+
     total: Moments | None = None
-    wanted = ("image", "weight")
-    for host_batch in batches:
-        batch = backend.shard_batch({name: host_batch[name] for name in wanted})
-        # One row per graph: a backend's graph sees the rows of all processes, or only its own.
-        host = backend.to_host(
-            dict(zip(("n", "mean", "squares"), batch_moments(batch), strict=True))
-        )
+    for host in in_flight(start()):
         for count, mean, squares in zip(host["n"], host["mean"], host["squares"], strict=True):
             part = Moments(count.item(), mean.double(), squares.double())
             total = part if total is None else total.merge(part)

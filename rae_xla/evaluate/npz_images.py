@@ -73,6 +73,11 @@ class NpzImages:
                     )
                 pixels = np.frombuffer(data, np.uint8).reshape(count, *shape)
                 yield np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
+            if member.read(1):
+                raise UserError(
+                    f"{self._what} {self.path}: {IMAGES} has more bytes than the {self.count} "
+                    "images that it lists: write it again"
+                )
 
     def _header(self, file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
         readers = {

@@ -8,14 +8,13 @@ the machine nor on the block size.
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Callable, Iterator
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from rae_xla.errors import UserError
+from rae_xla.evaluate.host_values import all_gather_values
 from rae_xla.runtime import Backend
 
 NEIGHBOURS = 3
@@ -66,8 +65,8 @@ def precision_recall(
             in_reference[rows] = torch.maximum(in_reference[rows], covered.double())
             in_samples[columns] = torch.maximum(in_samples[columns], covering.double())
         on_progress()
-    precision = _all_gather(in_reference, backend).amax(0).mean()
-    recall = _all_gather(in_samples, backend).amax(0).mean()
+    precision = all_gather_values(backend, in_reference).amax(0).mean()
+    recall = all_gather_values(backend, in_samples).amax(0).mean()
     return precision.item(), recall.item()
 
 
@@ -91,7 +90,7 @@ def _squared_radii(
             nearest = candidates.topk(NEIGHBOURS + 1, largest=False).values
         radii[rows] = nearest[:, NEIGHBOURS].cpu()
         on_progress()
-    return _all_gather(radii, backend).amax(0)
+    return all_gather_values(backend, radii).amax(0)
 
 
 def _squared_distances(first: Tensor, second: Tensor) -> Tensor:
@@ -108,11 +107,3 @@ def _local_blocks(count: int, backend: Backend) -> Iterator[slice]:
     """Return the rows of blocks that this process computes, one in ``process_count``."""
     blocks = list(_blocks(count, ROWS))
     return iter(blocks[backend.process_index :: backend.process_count])
-
-
-def _all_gather(values: Tensor, backend: Backend) -> Tensor:
-    """Return the float64 vectors (N,) of all processes, bit by bit, as (processes, N)."""
-    texts = backend.all_gather_text(base64.b64encode(values.numpy().tobytes()).decode())
-    return torch.stack(
-        [torch.from_numpy(np.frombuffer(base64.b64decode(text)).copy()) for text in texts]
-    )

@@ -26,6 +26,7 @@ from rae_xla.errors import UserError
 from rae_xla.evaluate.chunks import chunk_rows, local_rows
 from rae_xla.evaluate.feature_networks import FeatureNetwork
 from rae_xla.evaluate.frechet import MomentStream, frechet_distance
+from rae_xla.evaluate.host_values import all_gather_values
 from rae_xla.evaluate.image_metrics import Values, psnr, ssim
 from rae_xla.evaluate.image_sets import first_images
 from rae_xla.evaluate.references import Reference, shard_reference
@@ -34,12 +35,25 @@ from rae_xla.models.rae import RAE
 from rae_xla.progress import progress_bar
 from rae_xla.runtime import Backend, Batch
 from rae_xla.sample.images import Pixels, to_pixels, to_unit
+from rae_xla.sample.rows import collect_rows, send_rows
 
 UNITS = {"psnr": "dB"}
 HOST_METRICS: dict[str, Callable[[Pixels, Pixels], Values]] = {"psnr": psnr, "ssim": ssim}
 
-Chunk = tuple[Batch, Batch]
-"""A chunk's images on the host (this process's rows), and its outputs on the devices (all rows)."""
+
+@dataclass(frozen=True)
+class _Chunk:
+    """A chunk that the devices work on.
+
+    Attributes:
+        images: this process's rows of the originals, on the host.
+        sent: all rows on the devices, with their positions.
+        outputs: of all rows, on the devices.
+    """
+
+    images: Tensor
+    sent: Batch
+    outputs: Batch
 
 
 @dataclass(frozen=True)
@@ -145,13 +159,13 @@ def evaluate_reconstruction(
     groups = _groups(chunks, -(-batch_size // rows))
     total = -(-len(index) // rows)
     with _eval_mode(rae), progress_bar(total=total, unit="chunk", disable=not progress) as bar:
-        running: list[Chunk] = []
+        running: list[_Chunk] = []
         for group in chain(groups, [[]]):
-            done = [(host, backend.to_host(outputs)) for host, outputs in running]
-            running = [(host, start(host)) for host in group]
+            done = [(c.images, collect_rows(backend, c.sent, c.outputs)) for c in running]
+            running = [start(host["image"]) for host in group]
             # The devices work on this group while the host measures the previous one.
-            for host, outputs in done:
-                accumulator.add(host["image"], outputs)
+            for images_of_process, outputs in done:
+                accumulator.add(images_of_process, outputs)
             bar.update(len(done))
             if on_progress is not None:
                 on_progress()
@@ -204,8 +218,8 @@ def _chunk_function(
     lpips: LPIPS | None,
     features: FeatureNetwork | None,
     measure_originals: bool,
-) -> Callable[[Batch], Batch]:
-    """Return a function that starts the work on one chunk and returns its outputs.
+) -> Callable[[Tensor], _Chunk]:
+    """Return a function that starts the work on this process's images of one chunk.
 
     There are three compiled functions rather than one, so that the reconstructions do not depend on
     the metrics, and the same graph computes the features of originals and reconstructions.
@@ -224,17 +238,19 @@ def _chunk_function(
         with torch.no_grad():
             return lpips(to_unit(first) * 2 - 1, to_unit(second) * 2 - 1)
 
-    def start(host: Batch) -> Batch:
-        pixels = backend.shard_batch({"image": host["image"]})["image"]
+    def start(images: Tensor) -> _Chunk:
+        sent = send_rows(backend, {"pixels": images}, local_rows(backend).start)
+        pixels = sent["pixels"]
         reconstructions, finite = reconstruct(pixels)
         results = {"reconstructions": reconstructions, "finite": finite}
         if lpips is not None:
-            results["lpips"] = compare(pixels, reconstructions)
+            with backend.full_float32():
+                results["lpips"] = compare(pixels, reconstructions)
         if features is not None:
             results["features"] = features(reconstructions)
             if measure_originals:
                 results["original_features"] = features(pixels)
-        return results
+        return _Chunk(images, sent, results)
 
     return start
 
@@ -268,7 +284,7 @@ class _MetricAccumulator:
 
         Args:
             images: this process's rows of the originals.
-            outputs: the outputs of all rows, on the host.
+            outputs: the outputs of all rows, on the host, in the order of the images.
         """
         rows = min(chunk_rows(self.backend), self.count - self.seen)
         self.seen += rows
@@ -309,16 +325,10 @@ class _MetricAccumulator:
 
 
 def _all_gather(backend: Backend, chunks: list[Values]) -> Values:
-    """Return the values of all processes, in the order of the images.
-
-    They are sent as int32: a device may round float64, but preserves the bits of integers.
-    """
-    own = torch.from_numpy(np.concatenate(chunks))
-    bits = own.view(torch.int32).reshape(-1, 2)
-    gathered = backend.to_host(backend.shard_batch({"bits": bits}))["bits"]
-    values = gathered.contiguous().view(torch.float64)
-    values = values.reshape(backend.process_count, len(chunks), -1)
-    return values.transpose(0, 1).flatten().numpy()
+    """Return the values of all processes, in the order of the images."""
+    values = all_gather_values(backend, torch.from_numpy(np.concatenate(chunks)))
+    in_order = values.reshape(backend.process_count, len(chunks), -1).transpose(0, 1)
+    return in_order.flatten().numpy()
 
 
 def _groups(chunks: Iterator[Batch], size: int) -> Iterator[list[Batch]]:

@@ -17,6 +17,7 @@ from rae_xla import storage
 from rae_xla.data.shards.index import ShardIndex, open_index
 from rae_xla.errors import UserError
 from rae_xla.evaluate.chunks import chunk_rows, on_devices
+from rae_xla.evaluate.fdr6 import BY_METRIC, EXTRACTORS, FDR6, with_parts
 from rae_xla.evaluate.feature_networks import FeatureNetwork
 from rae_xla.evaluate.frechet import Gaussian, MomentStream
 from rae_xla.evaluate.image_sets import ImageSet, NpzImageSet, ShardImageSet, first_images
@@ -31,6 +32,17 @@ from rae_xla.evaluate.npz_images import (
 )
 from rae_xla.evaluate.set_features import FRECHET, SetFeatures, measure_features
 from rae_xla.runtime import Backend
+from rae_xla.sample.rows import collect_rows_later, in_flight
+
+PUBLISHED_NAMES = {
+    "VIRTUAL_imagenet256_labeled.npz": "ADM",
+    "VIRTUAL_imagenet512.npz": "ADM",
+    "guided_diffusion_stats.npz": "ADM",
+    "imagenet_256_fid_stats.npz": "JiT",
+    "jit_in256_stats.npz": "JiT",
+}
+"""Names of published statistics of ImageNet by the name of their file: RAE compares with ADM's and
+RAEv2 with JiT's, so that their FIDs differ by more than their models."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +56,8 @@ class Reference:
         sha256: first digits of the hash of the content.
         gaussian: Gaussian of the ``pool`` features.
         images: number of images in a file of moments, which may be a subset of those measured.
+        name: of the statistics, such as ``ADM``; None if it is unknown.
+        fdr6: folder with the statistics of FDr6, if they are from another place.
     """
 
     kind: Literal["originals", "images", "moments"]
@@ -52,6 +66,8 @@ class Reference:
     sha256: str
     gaussian: Gaussian | None = None
     images: int | None = None
+    name: str | None = None
+    fdr6: str | None = None
 
     def with_gaussian(self, gaussian: Gaussian) -> Reference:
         """Return the same reference with the Gaussian of its features."""
@@ -59,8 +75,9 @@ class Reference:
 
     def describe(self) -> dict[str, Any]:
         """Return the entries of a JSON report."""
-        names = ("kind", "path", "count", "sha256", *(["images"] if self.images else []))
-        return {name: getattr(self, name) for name in names}
+        names = ("kind", "path", "count", "sha256", "name")
+        optional = [name for name in ("images", "fdr6") if getattr(self, name)]
+        return {name: getattr(self, name) for name in (*names, *optional)}
 
     def __str__(self) -> str:
         count = "an unknown number of" if self.count is None else f"{self.count}"
@@ -71,7 +88,10 @@ class Reference:
         }[self.kind]
         if self.images is not None:
             text += f", and the {self.images} images there"
-        return f"{text} (sha256 {self.sha256})"
+        if self.name is not None:
+            text = f"{self.name}: {text}"
+        text = f"{text} (sha256 {self.sha256})"
+        return text if self.fdr6 is None else f"{text}; FDr6: the statistics in {self.fdr6}"
 
     def warning(self, count: int) -> str | None:
         """Return a warning if ``count`` images are compared with a reference of another size."""
@@ -122,13 +142,18 @@ def load_fid_reference(
     Raises:
         UserError: if the file is missing or has other content, or images of another size.
     """
-    path = Path(path).expanduser()
+    path = _local_file(path)
     if has_moments(path):
         return Reference("moments", str(path), None, file_hash(path), read_moments(path, "mu"))
     images = open_reference_images(path, image_size)
     moments = MomentStream()
-    for part, rows in on_devices(backend, images.chunks(chunk_rows(backend))):
-        moments.add(backend.to_host({"features": features(rows)})["features"][: len(part)])
+    rows = chunk_rows(backend)
+    started = (
+        collect_rows_later(backend, chunk, {"features": features(chunk["rows"])})
+        for _, chunk in on_devices(backend, images.chunks(rows))
+    )
+    for start, results in zip(range(0, images.count, rows), in_flight(started), strict=True):
+        moments.add(results["features"][: images.count - start])
     gaussian = moments.moments().gaussian(f"reference {path}")
     return Reference("images", str(path), images.count, file_hash(path), gaussian)
 
@@ -140,6 +165,8 @@ def load_generation_reference(
     networks: Sequence[FeatureNetwork],
     metrics: Sequence[str],
     *,
+    name: str | None = None,
+    fdr6: str | None = None,
     num_images: int | None = None,
     batch_size: int = 64,
     num_workers: int = 0,
@@ -159,6 +186,9 @@ def load_generation_reference(
         backend: where the networks are placed.
         networks: those that ``metrics`` need.
         metrics: the metrics to compute.
+        name: of the statistics, for reports; None: that of a published file.
+        fdr6: folder with the statistics of FDr6 under their published names; None: those of the
+            images of the reference.
         num_images: number of images of shards, from the first; None for all.
         batch_size: as for ``evaluate_generation``.
         num_workers: processes that decode the images of shards.
@@ -169,15 +199,24 @@ def load_generation_reference(
         UserError: if the file is missing or has other content, or images of another size.
     """
     source, images, features = _open(path, image_size, num_images, num_workers)
+    source = replace(source, name=name or PUBLISHED_NAMES.get(Path(path).name))
+    if fdr6 is not None and FDR6 in metrics:
+        source = replace(source, fdr6=fdr6)
+        features = replace(features, gaussians={**features.gaussians, **read_fdr6(fdr6)})
     unavailable: dict[str, str] = {}
     to_measure: list[str] = []
-    for metric in metrics:
-        if metric == "is" or FRECHET.get(metric) in features.gaussians:
+    for metric in with_parts(metrics):
+        if metric == "is" or {metric, FRECHET.get(metric)} & features.gaussians.keys():
             continue
         if images is not None and not (metric == "sfid" and features.gaussians):
             to_measure.append(metric)
         elif metric == "sfid":
             unavailable[metric] = f"{path} has mu and sigma but no mu_s and sigma_s for sFID"
+        elif metric in BY_METRIC:
+            unavailable[FDR6] = (
+                f"{path} has only moments, and {FDR6} needs images (arr_0), or a folder with the "
+                "statistics of its networks (eval.fdr6_reference, --fdr6-reference)"
+            )
         else:
             unavailable[metric] = f"{path} has only moments, and {metric} needs images (arr_0)"
     if images is not None and to_measure:
@@ -203,7 +242,7 @@ def check_generation_reference(path: str, image_size: int) -> None:
     if _is_folder(path):
         open_index(path)
         return
-    file = Path(path).expanduser()
+    file = _local_file(path)
     has_moments(file)
     if _has_images(file):
         open_reference_images(file, image_size)
@@ -250,29 +289,53 @@ def open_reference_images(path: Path, image_size: int) -> NpzImages:
     return images
 
 
-def read_moments(path: Path, mean_name: Literal["mu", "mu_s"]) -> Gaussian:
+def read_fdr6(folder: str) -> dict[str, Gaussian]:
+    """Read the statistics of the six networks of FDr6, by the name of their distance.
+
+    Raises:
+        UserError: a file is missing, or has moments of other features.
+    """
+    found: dict[str, Gaussian] = {}
+    for extractor in EXTRACTORS:
+        path = Path(folder).expanduser() / extractor.statistics
+        if not path.is_file():
+            raise UserError(
+                f"{path} does not exist: FDr6 compares with six files of the data set "
+                "nanovisionx/nanogen-evals-stats; download them to one folder"
+            )
+        with open_npz(path, "reference") as archive:
+            mean: Literal["mu", "ref_mu"] = "ref_mu" if "ref_mu" in array_names(archive) else "mu"
+        found[extractor.metric] = read_moments(path, mean, extractor.features)
+    return found
+
+
+def read_moments(
+    path: Path, mean_name: Literal["mu", "mu_s", "ref_mu"], size: int | None = None
+) -> Gaussian:
     """Read feature moments from a reference file.
 
     Args:
         path: ``.npz`` file.
         mean_name: ``mu`` for ``mu`` and ``sigma`` of FID's features; ``mu_s`` for ``mu_s`` and
-            ``sigma_s`` of sFID's, as in the ADM reference batches.
+            ``sigma_s`` of sFID's, as in the ADM reference batches; or ``ref_mu``.
+        size: number of features; None: that of FID's or sFID's.
 
     Raises:
         UserError: if the moments are of other features, or are not a mean and a covariance.
     """
     covariance_name = mean_name.replace("mu", "sigma")
-    size = FEATURES if mean_name == "mu" else SPATIAL_FEATURES
+    if size is None:
+        size = FEATURES if mean_name == "mu" else SPATIAL_FEATURES
     names = f"{mean_name} or {covariance_name}"
     try:
         with open_npz(path, "reference"), np.load(path, allow_pickle=False) as arrays:
             mean, covariance = arrays[mean_name], arrays[covariance_name]
-    except ValueError as error:
+    except (ValueError, KeyError) as error:
         raise UserError(f"reference {path}: {names} cannot be read: {error}") from error
     if mean.shape != (size,) or covariance.shape != (size, size):
         raise UserError(
             f"reference {path}: {mean_name} is {mean.shape} and {covariance_name} "
-            f"{covariance.shape}; the features of this Inception need ({size},) and "
+            f"{covariance.shape}; the features of this network need ({size},) and "
             f"({size}, {size})"
         )
     mean, covariance = mean.astype(np.float64), covariance.astype(np.float64)
@@ -297,7 +360,7 @@ def _open(
         index = first_images(open_index(path), num_images, "eval.num_images=")
         images = ShardImageSet(index, image_size, num_workers)
         return shard_reference(index), images, SetFeatures()
-    file = Path(path).expanduser()
+    file = _local_file(path)
     npz_images = NpzImageSet(file, "reference") if _has_images(file) else None
     count = npz_images.count if npz_images is not None else None
     if not has_moments(file):
@@ -311,7 +374,19 @@ def _open(
 
 
 def _is_folder(path: str) -> bool:
-    return storage.is_remote(path) or Path(path).expanduser().is_dir()
+    if storage.is_remote(path):
+        return not path.endswith(".npz")
+    return Path(path).expanduser().is_dir()
+
+
+def _local_file(path: str | Path) -> Path:
+    """Return the path of a reference file; raise ``UserError`` if it is in a bucket."""
+    if storage.is_remote(str(path)):
+        raise UserError(
+            f"reference {path}: a file must be local; copy it with `gcloud storage cp` "
+            "(shards may be on gs://)"
+        )
+    return Path(path).expanduser()
 
 
 def _has_images(file: Path) -> bool:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from rae_xla.errors import UserError
+from rae_xla.evaluate import fdr6
 from rae_xla.evaluate.chunks import chunk_rows, local_rows
 from rae_xla.evaluate.feature_networks import FeatureNetwork
 from rae_xla.evaluate.frechet import Gaussian, MomentStream
@@ -24,8 +25,9 @@ from rae_xla.evaluate.inception_score import (
 from rae_xla.progress import progress_bar
 from rae_xla.runtime import Backend, Batch
 from rae_xla.sample.images import Pixels
+from rae_xla.sample.rows import collect_rows_later, in_flight, send_rows
 
-FRECHET = {"fid": "pool", "sfid": "spatial", "fd_dinov2": "dino"}
+FRECHET = {"fid": "pool", "sfid": "spatial", "fd_dinov2": "dino", **fdr6.FEATURES}
 """Fréchet distances by metric name, with the features that they compare."""
 
 COVERAGE = ("precision", "recall")
@@ -78,9 +80,8 @@ def measure_features(
     kept: list[Tensor] = []
     first = backend.process_index == 0
 
-    def add(count: int, outputs: Batch) -> None:
-        """Fetch a chunk's features and add the first ``count`` rows; the others are padding."""
-        host = {name: rows[:count] for name, rows in backend.to_host(outputs).items()}
+    def add(host: Batch) -> None:
+        """Add the features of a chunk."""
         for features in host.values():
             if not bool(torch.isfinite(features).all()):
                 raise UserError(
@@ -103,19 +104,21 @@ def measure_features(
         unit="chunk",
         disable=not (progress and first),
     )
-    pending: deque[tuple[int, Batch]] = deque()
-    for start, part in bar:
-        chunk = backend.shard_batch({"rows": _pad_chunk(part, own.stop - own.start)})["rows"]
-        outputs: Batch = {}
-        for network in networks:
-            outputs |= network.all(chunk)
-        count = min(rows, images.count - start)
-        pending.append((count, {name: outputs[name] for name in sorted(wanted)}))
-        # The devices work on pending chunks while the host reads images and sums features.
-        if len(pending) > -(-batch_size // rows):
-            add(*pending.popleft())
-    while pending:
-        add(*pending.popleft())
+
+    def start_chunks() -> Iterator[Callable[[], Batch]]:
+        for start, part in bar:
+            own_rows = {"rows": _pad_chunk(part, own.stop - own.start)}
+            chunk = send_rows(backend, own_rows, own.start)
+            outputs: Batch = {}
+            for network in networks:
+                outputs |= network.all(chunk["rows"])
+            kept_outputs = {name: outputs[name] for name in sorted(wanted)}
+            later = collect_rows_later(backend, chunk, kept_outputs)
+            yield partial(_first_rows, later, min(rows, images.count - start))
+
+    # The devices work on the next chunks while the host reads images and sums features.
+    for host in in_flight(start_chunks(), depth=-(-batch_size // rows)):
+        add(host)
     return SetFeatures(
         gaussians={n: s.moments().gaussian(images.name) for n, s in streams.items()}
         if first
@@ -130,3 +133,8 @@ def _pad_chunk(part: Pixels, rows: int) -> Tensor:
     padded = np.zeros((rows, *part.shape[1:]), np.uint8)
     padded[: len(part)] = part
     return torch.from_numpy(padded)
+
+
+def _first_rows(later: Callable[[], Batch], count: int) -> Batch:
+    """Wait for a chunk's features, and return the first ``count`` rows; the others are padding."""
+    return {name: rows[:count] for name, rows in later().items()}

@@ -43,7 +43,8 @@ class Upload:
     Attributes:
         folder: the local folder.
         files: paths in the folder of the files to upload.
-        skipped: paths of hidden and unfinished files, which are not uploaded.
+        skipped: paths of hidden and unfinished files, and of links to folders or to nothing, which
+            are not uploaded.
     """
 
     folder: Path
@@ -56,7 +57,7 @@ class Upload:
 
 
 def prepare_upload(folder: Path) -> Upload:
-    """Check the files of a folder; hidden and unfinished files are skipped.
+    """Check the files of a folder; hidden and unfinished files, and links to no file, are skipped.
 
     Raises:
         UserError: the folder does not exist, is empty, or holds something that must not be
@@ -67,11 +68,12 @@ def prepare_upload(folder: Path) -> Upload:
     _refuse_checkpoints(folder)
     files: list[str] = []
     skipped: list[str] = []
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() or p.is_symlink()):
         parts = path.relative_to(folder).parts
         hidden = any(part.startswith(".") for part in parts)
         unfinished = any(fnmatch(part, pattern) for part in parts for pattern in _SKIPPED)
-        (skipped if hidden or unfinished else files).append("/".join(parts))
+        taken = path.is_file() and not hidden and not unfinished
+        (files if taken else skipped).append("/".join(parts))
     if not files:
         raise UserError(
             f"{folder} has no files to upload: give a folder that save_pretrained wrote"

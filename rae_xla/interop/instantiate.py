@@ -17,9 +17,8 @@ from rae_xla.config.schema import ModelSpec
 from rae_xla.errors import UserError
 from rae_xla.models.pretrained.components import AutoencoderBase
 from rae_xla.models.pretrained.manifest import check_rae_files
+from rae_xla.models.pretrained.selected_weights import select_weights
 from rae_xla.models.weights import is_meta, load_strict
-
-_SHOWN = 5
 
 
 def find_class(target: str) -> type[nn.Module]:
@@ -88,7 +87,8 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     try:
         load_strict(model, state, f"checkpoint {path}")
     except UserError as error:
-        if {name.partition(".")[0] for name in state} >= {"encoder", "decoder"}:
+        stage_1 = {name.partition(".")[0] for name in state} >= {"encoder", "decoder"}
+        if stage_1 and not hasattr(model, "decoder"):
             raise UserError(
                 f"checkpoint {path} holds an autoencoder (stage 1): give a checkpoint of stage 2"
             ) from None
@@ -99,28 +99,13 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """Read the weights of a file or training checkpoint to the CPU.
 
     Returns:
-        The ``ema`` weights of a training checkpoint, or the state dict in a file.
+        The ``ema`` weights of a training checkpoint, or the state dict in a file; see
+        ``models.pretrained.selected_weights``.
 
     Raises:
         UserError: the file is missing or holds no such weights.
     """
-    content = _open(path)
-    if isinstance(content, Mapping) and "ema" in content:
-        content = content["ema"]
-    elif isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
-        raise UserError(
-            f"checkpoint {path} is a training checkpoint without averaged (`ema`) weights. To use "
-            "its plain weights, save `torch.load(file)['model']` to a file"
-        )
-    if not isinstance(content, Mapping):
-        raise UserError(
-            f"checkpoint {path} holds a {type(content).__name__}: give a file of a state dict"
-        )
-    others = [str(k) for k, v in content.items() if not isinstance(v, Tensor)]
-    if others:
-        names = ", ".join(others[:_SHOWN])
-        raise UserError(f"checkpoint {path} is not a state dict (no tensors at {names}): give one")
-    return dict(content)
+    return select_weights(_open(path), f"checkpoint {path}").state
 
 
 def _open(name: str | Path) -> Any:

@@ -7,10 +7,12 @@ from typing import Any
 
 import yaml
 
+from rae_xla.data.class_names import record_class_names
 from rae_xla.errors import UserError
 from rae_xla.interop.model_source import ModelSource
 from rae_xla.models.pretrained.components import RAEComponents
 from rae_xla.models.pretrained.diffusers_folder import write_diffusers, write_json
+from rae_xla.models.pretrained.dit_layouts import to_raev2
 from rae_xla.models.pretrained.fingerprint import DECODER, STATISTICS, select_prefix
 from rae_xla.models.pretrained.manifest import (
     Manifest,
@@ -85,7 +87,7 @@ def export_decoder(checkpoint: str | Path, out: Path, weights: str = "ema") -> i
     if not state:
         raise UserError(f"{checkpoint} holds no decoder: no key starts with 'decoder.'")
     write_torch_file({name: tensor.contiguous() for name, tensor in state.items()}, out)
-    manifest = rae_state_manifest(content.state, str(checkpoint))
+    manifest = rae_state_manifest(content.state, str(checkpoint), content.config)
     write_weights_manifest(out, manifest.only(DECODER))
     return sum(tensor.numel() for tensor in state.values())
 
@@ -109,6 +111,8 @@ def _write_model_folder(source: ModelSource, out: Path) -> str:
         if source.part == "stage2" and source.transformer is not None:
             kind, settings = source.transformer
             write_transformer(kind, settings, source.state, folder, source.shift_base)
+            if source.class_names is not None:
+                record_class_names(folder, source.class_names)
         else:
             kind = "RAE"
             write_rae(_components(source, "a folder for from_pretrained"), folder)
@@ -117,17 +121,18 @@ def _write_model_folder(source: ModelSource, out: Path) -> str:
 
 
 def _write_file(source: ModelSource, layout: str, out: Path) -> str:
+    state = to_raev2(source.state) if source.part == "stage2" else source.state
     if layout == "safetensors":
         if out.suffix != ".safetensors":
             raise UserError(f"--out {out}: a safetensors file must be named .safetensors")
-        write_safetensors(source.state, out)
+        write_safetensors(state, out)
     else:
         if out.suffix == ".safetensors":
             raise UserError(f"--out {out}: the published layout is a torch file, such as .pt")
-        write_torch_file({k: v.contiguous() for k, v in source.state.items()}, out)
+        write_torch_file({k: v.contiguous() for k, v in state.items()}, out)
     write_weights_manifest(out, source.manifest)
-    count = sum(tensor.numel() for tensor in source.state.values())
-    return f"{source.part}, {len(source.state)} tensors, {count:,} parameters"
+    count = sum(tensor.numel() for tensor in state.values())
+    return f"{source.part}, {len(state)} tensors, {count:,} parameters"
 
 
 def _write_published_folder(

@@ -14,6 +14,7 @@ from typing import Any, cast
 from torch import Tensor
 
 from rae_xla.config import ModelSpec, RunConfig, load_config
+from rae_xla.data.class_names import class_names_of_run, recorded_class_names
 from rae_xla.errors import UserError
 from rae_xla.interop.instantiate import instantiate
 from rae_xla.interop.published import fetch
@@ -68,6 +69,7 @@ class ModelSource:
         manifest: the parts and those they were trained with, as far as known.
         notes: messages for the user.
         shift_base: ``misc.time_dist_shift_base`` of a transformer's training; None: unknown.
+        class_names: of a transformer's classes by label, if a run recorded them.
     """
 
     part: str
@@ -78,6 +80,7 @@ class ModelSource:
     manifest: Manifest = field(default_factory=Manifest)
     notes: tuple[str, ...] = ()
     shift_base: float | None = None
+    class_names: tuple[str, ...] | None = None
 
 
 def open_model_source(
@@ -161,6 +164,7 @@ def _from_model_folder(folder: Path, as_diffusers: bool, check: bool) -> ModelSo
             transformer=(kind, settings),
             manifest=actual,
             shift_base=values.get("time_dist_shift_base"),
+            class_names=recorded_class_names(folder),
         )
     rae = build_rae(RAE, read_rae(folder, as_diffusers=as_diffusers), str(folder))
     layout = "diffusers" if values.get("_class_name") == "AutoencoderRAE" else "our"
@@ -190,13 +194,14 @@ def _from_weights(
             manifest=manifest,
             notes=notes,
             shift_base=shift_base,
+            class_names=class_names_of_run(content.source),
         )
     if content.part == "rae" and part != "decoder" and stage_1 is not None:
         rae = _rae_of_run(content.state, stage_1, content.source)
         return _autoencoder(rae, content.description, content.source)
     manifest = Manifest()
     if content.part == "rae":
-        manifest = rae_state_manifest(content.state, content.source)
+        manifest = rae_state_manifest(content.state, content.source, content.config)
     return ModelSource(content.part, content.description, content.state, manifest=manifest)
 
 
@@ -234,7 +239,7 @@ def _rae_of_run(state: Mapping[str, Tensor], spec: ModelSpec, source: str) -> RA
 
 def _autoencoder(rae: RAE, description: str, name: str) -> ModelSource:
     components = rae_to_components(rae)
-    manifest = rae_manifest(rae_parts(rae, name))
+    manifest = rae_manifest(rae_parts(rae, name), rae.decoder_output)
     return ModelSource("rae", description, components.state, components, manifest=manifest)
 
 

@@ -19,6 +19,12 @@ from rae_xla.models.pretrained.published import (
     replace_paths,
     suggest_name,
 )
+from rae_xla.moved import moved_names
+
+__getattr__ = moved_names(
+    __name__,
+    {name: f"rae_xla.models.pretrained.published.{name}" for name in ("AUTOENCODERS", "DIFFUSERS")},
+)
 
 
 def published_config(name: str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -34,7 +40,10 @@ def published_config(name: str, overrides: Sequence[str] = ()) -> RunConfig:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"{name}.yaml"
         path.write_text(yaml.safe_dump(GENERATORS[name].tree()), encoding="utf-8")
-        return load_config(path, overrides)
+        try:
+            return load_config(path, overrides)
+        except UserError as error:  # the file is temporary
+            raise UserError(str(error).replace(str(path), f"the published {name}")) from None
 
 
 def fetch(config: RunConfig) -> RunConfig:

@@ -55,20 +55,36 @@ class PatchEmbed(nn.Module):
         return self.proj(x).flatten(2).transpose(1, 2)
 
 
+def unpatchify(tokens: Tensor, grid_size: int, patch_size: int) -> Tensor:
+    """Arrange tokens (B, grid_size², p·p·C) as maps (B, C, H, W), the inverse of patching.
+
+    The values of a patch of side p are ordered by row, column, channel.
+    """
+    patches = tokens.reshape(tokens.shape[0], grid_size, grid_size, patch_size, patch_size, -1)
+    return patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+
 class TimestepEmbedder(nn.Module):
     """Embed times in [0, 1] by fixed random Fourier features and a two-layer MLP.
 
     Gaussian Fourier features: Song et al. 2021, "Score-based generative modeling through SDEs".
-    The frequencies ``W`` are a parameter that is never trained, as published.
+    The frequencies ``W`` are a parameter that is not trained, as published by RAE; with tokens it
+    is trained, as published by RAEv2.
 
     Args:
         dim: channels of the embedding.
         num_frequencies: number of frequencies, each of which gives a sine and a cosine.
+        num_tokens: number of context tokens that ``tokens`` returns.
     """
 
-    def __init__(self, dim: int, num_frequencies: int = 256) -> None:
+    learnable_tokens: nn.Parameter
+
+    def __init__(self, dim: int, num_frequencies: int = 256, num_tokens: int = 0) -> None:
         super().__init__()
-        self.W = nn.Parameter(torch.empty(num_frequencies), requires_grad=False)
+        self.num_tokens = num_tokens
+        self.W = nn.Parameter(torch.empty(num_frequencies), requires_grad=num_tokens > 0)
+        if num_tokens:
+            self.learnable_tokens = nn.Parameter(torch.empty(num_tokens, dim))
         self.mlp = nn.Sequential(
             nn.Linear(2 * num_frequencies, dim), nn.SiLU(), nn.Linear(dim, dim)
         )
@@ -78,6 +94,12 @@ class TimestepEmbedder(nn.Module):
         """Draw frequencies from N(0, 1) and MLP weights from N(0, 0.02²); keep the biases."""
         nn.init.normal_(self.W)
         normal_mlp_weights(self.mlp)
+        if self.num_tokens:
+            normal_tokens(self.learnable_tokens)
+
+    def tokens(self, embedding: Tensor) -> Tensor:
+        """Return context tokens (B, num_tokens, dim) of times embedded as (B, dim)."""
+        return self.learnable_tokens + embedding[:, None]
 
     def forward(self, t: Tensor) -> Tensor:
         """Embed ``t`` (B,) as (B, dim)."""
@@ -121,6 +143,11 @@ def normal_mlp_weights(mlp: nn.Sequential) -> None:
             nn.init.normal_(layer.weight, std=0.02)
 
 
+def normal_tokens(tokens: Tensor) -> None:
+    """Draw learnable tokens (N, dim) from a normal distribution of variance 1 / dim, as RAEv2."""
+    nn.init.normal_(tokens, std=tokens.shape[-1] ** -0.5)
+
+
 class LabelEmbedder(nn.Module):
     """Embed class labels, including a null label for classifier-free guidance.
 
@@ -128,19 +155,34 @@ class LabelEmbedder(nn.Module):
         num_classes: number of classes; the null label is ``num_classes``.
         dim: channels of the embedding.
         dropout_prob: probability of replacing a label by the null label in training. With 0 the
-            table has no row for the null label.
+            table has no row for the null label, unless there are tokens (as published).
+        num_tokens: number of context tokens that ``tokens`` returns.
     """
 
-    def __init__(self, num_classes: int, dim: int, dropout_prob: float) -> None:
+    learnable_tokens: nn.Parameter
+
+    def __init__(
+        self, num_classes: int, dim: int, dropout_prob: float, num_tokens: int = 0
+    ) -> None:
         super().__init__()
         self.num_classes = num_classes
         self.dropout_prob = dropout_prob
-        self.embedding_table = nn.Embedding(num_classes + (dropout_prob > 0), dim)
+        self.num_tokens = num_tokens
+        if num_tokens:
+            self.learnable_tokens = nn.Parameter(torch.empty(num_tokens, dim))
+        rows = num_classes + (dropout_prob > 0 or num_tokens > 0)
+        self.embedding_table = nn.Embedding(rows, dim)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw the table from N(0, 0.02²)."""
         nn.init.normal_(self.embedding_table.weight, std=0.02)
+        if self.num_tokens:
+            normal_tokens(self.learnable_tokens)
+
+    def tokens(self, y: Tensor, label_drop: Tensor | None = None) -> Tensor:
+        """Return context tokens (B, num_tokens, dim) of labels; see ``forward``."""
+        return self.learnable_tokens + self(y, label_drop)[:, None]
 
     def drop(self, y: Tensor, label_drop: Tensor | None = None) -> Tensor:
         """Replace labels by the null label.
@@ -172,6 +214,27 @@ class LabelEmbedder(nn.Module):
                 f"(num_classes {self.num_classes}, class_dropout_prob {self.dropout_prob:g}); "
                 "check the labels against num_classes"
             ) from error
+
+
+def context_sizes(conditioning: str, num_t_tokens: int, num_c_tokens: int) -> tuple[int, int]:
+    """Return the numbers of time and label tokens of a model; none with adaLN.
+
+    Raises:
+        UserError: the conditioning is unknown, or a number is below 1.
+    """
+    if conditioning == "adaln":
+        return 0, 0
+    if conditioning != "tokens":
+        raise UserError(f"conditioning: {conditioning!r} is not one of adaln, tokens")
+    for name, count in (("num_t_tokens", num_t_tokens), ("num_c_tokens", num_c_tokens)):
+        if count < 1:
+            raise UserError(f"{name}: conditioning by tokens needs at least 1, got {count}")
+    return num_t_tokens, num_c_tokens
+
+
+def append_tokens(x: Tensor, *context: Tensor) -> Tensor:
+    """Append context tokens to the tokens (B, L, D) of a latent, in the context's precision."""
+    return torch.cat([x.to(context[0].dtype), *context], dim=1)
 
 
 def sincos_positions(dim: int, grid_size: int, *, cls_token: bool = False) -> Tensor:

@@ -25,11 +25,14 @@ class FusedLinear(nn.Linear):
         dim: input channels.
         width: output channels of each layer.
         parts: number of layers.
+        separate: whether they are layers in their own right, which an optimizer of matrices treats
+            one by one; otherwise one layer whose output is split.
     """
 
-    def __init__(self, dim: int, width: int, parts: int) -> None:
+    def __init__(self, dim: int, width: int, parts: int, separate: bool = True) -> None:
         super().__init__(dim, parts * width)
         self.parts = parts
+        self.separate = separate
 
     def forward(  # type: ignore[override]
         self, x: Tensor, heads: int | None = None
@@ -110,15 +113,20 @@ class Attention(nn.Module):
         self.k_norm = norm(self.head_dim) if use_qknorm else nn.Identity()
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, rope: RopeTables | None = None) -> Tensor:
-        """Mix the tokens of (B, L, dim); ``rope`` are tables for L tokens."""
+    def forward(
+        self, x: Tensor, rope: RopeTables | None = None, bias: Tensor | None = None
+    ) -> Tensor:
+        """Mix the tokens of (B, L, dim); ``rope`` are tables for L tokens.
+
+        ``bias`` is that of ``ops.attention``.
+        """
         batch, length, dim = x.shape
         q, k, v = self.qkv(x, heads=self.num_heads)
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = apply_rope(q, rope), apply_rope(k, rope)
         # Under autocast a float32 norm weight promotes q and k; attention requires one dtype.
-        out = attention(q.to(v.dtype), k.to(v.dtype), v)
+        out = attention(q.to(v.dtype), k.to(v.dtype), v, bias=bias)
         return self.proj(out.transpose(1, 2).reshape(batch, length, dim))
 
 
@@ -150,6 +158,54 @@ def block_norm(dim: int, use_rmsnorm: bool) -> nn.Module:
     return RMSNorm(dim) if use_rmsnorm else LayerNorm(dim, elementwise_affine=False, eps=1e-6)
 
 
+def feed_forward(dim: int, mlp_ratio: float, *, use_swiglu: bool) -> nn.Module:
+    """Build the feed-forward layer of a block; ``mlp_ratio`` is its hidden width over ``dim``."""
+    hidden = int(dim * mlp_ratio)
+    # 2/3 keeps the number of parameters: a gated layer has three matrices instead of two
+    # (Shazeer 2020).
+    return SwiGLU(dim, int(2 / 3 * hidden)) if use_swiglu else Mlp(dim, hidden)
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm transformer block without conditioning: its conditions are tokens (RAEv2).
+
+    Args:
+        dim: channels of the tokens.
+        num_heads: attention heads.
+        mlp_ratio: hidden width of the feed-forward layer over ``dim``.
+        use_qknorm: normalise queries and keys per head.
+        use_swiglu: use a SwiGLU feed-forward layer; otherwise tanh-GELU.
+        use_rmsnorm: use RMSNorm; otherwise LayerNorm.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        *,
+        use_qknorm: bool = False,
+        use_swiglu: bool = True,
+        use_rmsnorm: bool = True,
+    ) -> None:
+        super().__init__()
+        self.norm1 = RMSNorm(dim) if use_rmsnorm else LayerNorm(dim, eps=1e-6)
+        self.norm2 = RMSNorm(dim) if use_rmsnorm else LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, num_heads, use_qknorm=use_qknorm, use_rmsnorm=use_rmsnorm)
+        self.mlp = feed_forward(dim, mlp_ratio, use_swiglu=use_swiglu)
+
+    def forward(self, x: Tensor, rope: RopeTables | None, bias: Tensor | None = None) -> Tensor:
+        """Transform tokens (B, L, dim).
+
+        Args:
+            x: tokens.
+            rope: rotary tables for L tokens, or None for no rotary positions.
+            bias: of the attention scores, see ``ops.attention``.
+        """
+        x = x + self.attn(self.norm1(x), rope, bias)
+        return x + self.mlp(self.norm2(x))
+
+
 class DiTBlock(nn.Module):
     """Transformer block with adaLN-Zero conditioning (DiT, section 3.2).
 
@@ -179,12 +235,9 @@ class DiTBlock(nn.Module):
         self.norm1 = block_norm(dim, use_rmsnorm)
         self.norm2 = block_norm(dim, use_rmsnorm)
         self.attn = Attention(dim, num_heads, use_qknorm=use_qknorm, use_rmsnorm=use_rmsnorm)
-        hidden = int(dim * mlp_ratio)
-        # 2/3 keeps the number of parameters: a gated layer has three matrices instead of two
-        # (Shazeer 2020).
-        self.mlp = SwiGLU(dim, int(2 / 3 * hidden)) if use_swiglu else Mlp(dim, hidden)
+        self.mlp = feed_forward(dim, mlp_ratio, use_swiglu=use_swiglu)
         self.adaLN_modulation = nn.Sequential(
-            nn.SiLU(), FusedLinear(dim, dim, 4 if wo_shift else 6)
+            nn.SiLU(), FusedLinear(dim, dim, 4 if wo_shift else 6, separate=False)
         )
         self.reset_parameters()
 
@@ -215,22 +268,43 @@ class DiTBlock(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Modulated norm, then a projection of each token to the values of its patch."""
+    """Modulated norm, then a projection of each token to the values of its patch.
 
-    def __init__(self, dim: int, out_features: int, *, use_rmsnorm: bool) -> None:
+    Args:
+        dim: channels of the tokens.
+        out_features: values of a patch.
+        use_rmsnorm: use RMSNorm; otherwise LayerNorm.
+        modulated: whether the norm is modulated by a condition.
+    """
+
+    def __init__(
+        self, dim: int, out_features: int, *, use_rmsnorm: bool, modulated: bool = True
+    ) -> None:
         super().__init__()
         self.norm_final = block_norm(dim, use_rmsnorm)
         self.linear = nn.Linear(dim, out_features)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), FusedLinear(dim, dim, 2))
+        self.adaLN_modulation: nn.Sequential | None = None
+        if modulated:
+            self.adaLN_modulation = nn.Sequential(
+                nn.SiLU(), FusedLinear(dim, dim, 2, separate=False)
+            )
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Set both linear layers to zero, so that the model initially predicts zero."""
         zero(self.linear)
-        zero(self.adaLN_modulation)
+        if self.adaLN_modulation is not None:
+            zero(self.adaLN_modulation)
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """Project ``x`` (B, L, dim), conditioned on ``c`` (B, Lc, dim), to (B, L, out_features)."""
+    def forward(self, x: Tensor, c: Tensor | None = None) -> Tensor:
+        """Project ``x`` (B, L, dim) to (B, L, out_features).
+
+        Args:
+            x: tokens.
+            c: conditioning (B, Lc, dim) of a modulated norm.
+        """
+        if self.adaLN_modulation is None:
+            return self.linear(self.norm_final(x))
         shift, scale = (per_token(part, x.shape[1]) for part in self.adaLN_modulation(c))
         return self.linear(modulate(self.norm_final(x), shift, scale))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,15 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rae_xla.errors import UserError, did_you_mean
+from rae_xla.errors import UserError
 from rae_xla.models.decoder import ViTDecoder
-from rae_xla.models.encoders import ENCODERS, FrozenEncoder, read_image_statistics
-from rae_xla.models.pretrained.latent_statistics import read_latent_statistics
+from rae_xla.models.encoders import read_image_statistics
+from rae_xla.models.encoders.build import build_encoder
+from rae_xla.models.pretrained.latent_statistics import (
+    read_latent_statistics,
+    standard_deviation,
+)
 from rae_xla.models.pretrained.mixin import PretrainedAutoencoder
+from rae_xla.models.state_dicts import strip_wrappers
 from rae_xla.models.weights import is_meta, load_strict, read_weight_file
 from rae_xla.ops.resize import resize_bicubic
 
 HUB_REPOSITORY = "nyu-visionx/RAE-collections"
+DECODER_OUTPUTS = ("normalized", "pixels")
 
 
 class RAE(PretrainedAutoencoder):
@@ -46,6 +51,11 @@ class RAE(PretrainedAutoencoder):
         reshape_to_2d: whether latents are maps rather than tokens.
         normalization_stat_path: file with ``var`` and optionally ``mean`` of the latents.
         eps: added to ``var`` before the square root.
+        decoder_output: ``normalized``: the decoder predicts images that are normalised like the
+            encoder's. ``pixels``: it predicts images in [0, 1], as in RAEv2.
+        image_mean: per-channel mean that normalises the encoder's images, instead of that in its
+            folder.
+        image_std: per-channel standard deviation, likewise; given together with ``image_mean``.
 
     Raises:
         UserError: if a name, size, folder or file is invalid.
@@ -69,8 +79,16 @@ class RAE(PretrainedAutoencoder):
         reshape_to_2d: bool = True,
         normalization_stat_path: str | None = None,
         eps: float = 1e-5,
+        decoder_output: str = "normalized",
+        image_mean: Sequence[float] | None = None,
+        image_std: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
+        if decoder_output not in DECODER_OUTPUTS:
+            raise UserError(
+                f"decoder_output: {decoder_output!r} is not one of {', '.join(DECODER_OUTPUTS)}"
+            )
+        self.decoder_output = decoder_output
         if noise_tau < 0:
             raise UserError(f"noise_tau must be at least 0, got {noise_tau}")
         if not isinstance(encoder_config_path, Mapping):
@@ -78,7 +96,7 @@ class RAE(PretrainedAutoencoder):
         self.encoder_input_size = encoder_input_size
         self.noise_tau = noise_tau
         self.reshape_to_2d = reshape_to_2d
-        self.encoder = _build_encoder(
+        self.encoder = build_encoder(
             encoder_cls, encoder_config_path, encoder_input_size, dict(encoder_params or {})
         )
         patch = self.encoder.patch_size
@@ -96,7 +114,7 @@ class RAE(PretrainedAutoencoder):
         )
         if pretrained_decoder_path is not None and not is_meta(self):
             _load_decoder(self.decoder, pretrained_decoder_path)
-        self._read_image_statistics(encoder_config_path)
+        self._read_image_statistics(encoder_config_path, image_mean, image_std)
         self._read_latent_statistics(normalization_stat_path, eps)
 
     @property
@@ -193,6 +211,8 @@ class RAE(PretrainedAutoencoder):
             latents = latents + self.latent_mean
         tokens = latents.flatten(2).transpose(1, 2) if self.reshape_to_2d else latents
         images = self.decoder.unpatchify(self.decoder(tokens))
+        if self.decoder_output == "pixels":
+            return images
         return images * self.encoder_std + self.encoder_mean
 
     def forward(self, images: Tensor, noise: tuple[Tensor, Tensor] | None = None) -> Tensor:
@@ -222,8 +242,17 @@ class RAE(PretrainedAutoencoder):
         self.register_buffer("latent_mean", mean, persistent=False)
         self.register_buffer("latent_std", std, persistent=False)
 
-    def _read_image_statistics(self, folder: str | Mapping[str, Any]) -> None:
-        if is_meta(self) or isinstance(folder, Mapping):
+    def _read_image_statistics(
+        self,
+        folder: str | Mapping[str, Any],
+        mean: Sequence[float] | None,
+        std: Sequence[float] | None,
+    ) -> None:
+        if (mean is None) != (std is None):
+            raise UserError("image_mean and image_std must be given together")
+        if mean is not None and std is not None:
+            self.set_image_statistics(mean, std)
+        elif is_meta(self) or isinstance(folder, Mapping):
             self.set_image_statistics([0.0] * 3, [1.0] * 3)
         else:
             self.set_image_statistics(*read_image_statistics(folder))
@@ -235,36 +264,13 @@ class RAE(PretrainedAutoencoder):
             mean, std = torch.zeros(self.latent_size), torch.ones(self.latent_size)
         elif path is not None:
             mean, var = read_latent_statistics(path)
-            std = torch.sqrt(var + eps)
+            std = standard_deviation(var, eps)
             device = self.decoder.decoder_pos_embed.device
             mean, std = mean if mean is None else mean.to(device), std.to(device)
         try:
             self.set_latent_statistics(mean, std)
         except UserError as error:
             raise UserError(f"normalization_stat_path {path}: {error}") from None
-
-
-def _build_encoder(
-    name: str, folder: str | Mapping[str, Any], input_size: int, params: dict[str, Any]
-) -> FrozenEncoder:
-    if name not in ENCODERS:
-        raise UserError(
-            f"unknown encoder_cls {name!r}{did_you_mean(name, ENCODERS)}; "
-            f"choose one of {', '.join(ENCODERS)}"
-        )
-    encoder_cls = ENCODERS[name]
-    known = list(inspect.signature(encoder_cls.__init__).parameters)[1:]
-    for key in params:
-        if key not in known:
-            raise UserError(
-                f"encoder_params: {name} has no parameter {key!r}{did_you_mean(key, known)}; "
-                f"its parameters are {', '.join(known)}"
-            )
-    path = known[0]  # the first parameter of each encoder is its model folder
-    encoder = encoder_cls(**{path: folder, "input_size": input_size, **params})
-    encoder.options = {key: value for key, value in params.items() if key != path}
-    encoder.eval()  # its submodules too, whatever its constructor does
-    return encoder
 
 
 def _load_decoder(decoder: ViTDecoder, path: str) -> None:
@@ -287,6 +293,7 @@ def _load_decoder(decoder: ViTDecoder, path: str) -> None:
             f"from a checkpoint by `rae-xla checkpoints export {path} --what decoder --out "
             "decoder.pt`, or set stage_1.ckpt to the checkpoint"
         )
+    state = strip_wrappers(state, f"{key}: {path}")
     if any(name.startswith("decoder.") for name in state):
         raise UserError(
             f"{key}: {path} contains a complete RAE (keys such as decoder.decoder_embed.weight); "

@@ -110,7 +110,9 @@ def _write(path: Path, write: Callable[[Path], None]) -> None:
     # PyTorch reports a full disk as a RuntimeError.
     except (OSError, RuntimeError, SafetensorError) as error:
         unfinished.unlink(missing_ok=True)
-        reason = error if isinstance(error, OSError) else "no space left, or a file size limit"
+        reason = str(error).partition("\n")[0]
+        if not isinstance(error, OSError):
+            reason += "; usually there is no space left, or a file size limit"
         raise UserError(
             f"cannot write {path} ({reason}): free some space or give another path"
         ) from error

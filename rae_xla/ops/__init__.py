@@ -1,5 +1,6 @@
 """Operations with device-specific implementations: the only package that dispatches on a device.
 
 ``dispatch`` is the registry of implementations. Models call the operations of ``attention``,
-``rotary``, ``normalization``, ``resize`` and ``random``.
+``gather``, ``rotary``, ``normalization``, ``resize`` and ``random``; train steps also those of
+``updates``.
 """

@@ -10,37 +10,67 @@ from torch.nn import functional as F
 
 from rae_xla.ops import dispatch
 
+MASKED = -1e30
+"""Bias of the scores of keys that are not attended to; finite in bfloat16 too."""
 
-def attention(query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0) -> Tensor:
-    """Compute softmax(q kᵀ / √d) v.
 
-    Implementations registered for ``"attention"`` are called with the three tensors, and only
-    when there is no dropout.
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dropout: float = 0.0,
+    bias: Tensor | None = None,
+    causal: bool = False,
+) -> Tensor:
+    """Compute softmax(q kᵀ / √d + bias) v.
+
+    Implementations registered for ``"attention"`` are called with the three tensors; if there is a
+    bias, with the bias too; if attention is causal, with None and True. They are called only when
+    there is no dropout.
 
     Args:
         query: (B, heads, N, d); all three tensors have the same dtype.
         key: (B, heads, M, d).
         value: (B, heads, M, d).
         dropout: probability of dropping an attention weight.
+        bias: float32, broadcasts to (B, heads, N, M) and needs no gradient; ``MASKED`` where a key
+            is not attended to. Every query needs a key that is.
+        causal: whether query i attends to keys 0 to i alone (N = M); not with a bias.
 
     Returns:
         (B, heads, N, d), in the dtype of ``value``.
     """
     if dropout == 0.0:
-        result: Tensor | None = dispatch.call("attention", query.device.type, query, key, value)
+        further: tuple[Any, ...] = (None, True) if causal else () if bias is None else (bias,)
+        result: Tensor | None = dispatch.call(
+            "attention", query.device.type, query, key, value, *further
+        )
         if result is not None:
             return result
-    return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
+    if bias is not None:
+        bias = bias.to(query.dtype)
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=bias, dropout_p=dropout, is_causal=causal
+    )
 
 
-def einsum_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def einsum_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None = None,
+    causal: bool = False,
+) -> Tensor:
     """Compute attention from einsum products, with one copy of the attention weights.
 
     XLA has no fused kernel behind ``scaled_dot_product_attention``: PyTorch decomposes it, stores
     the weights in float32 and again in the dtype of the values, and searches both for rows that
     are fully masked. This form stores them once, in the dtype of the values.
     """
-    result: Tensor = EinsumAttention.apply(query, key, value)
+    if causal:
+        position = torch.arange(query.shape[2], device=query.device)
+        bias = torch.where(position[:, None] >= position, 0.0, MASKED)
+    result: Tensor = EinsumAttention.apply(query, key, value, bias)
     return result
 
 
@@ -51,18 +81,20 @@ class EinsumAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
         """Compute attention of (B, heads, N, d) tensors."""
         with torch.autocast(query.device.type, enabled=False):
             scale = query.shape[-1] ** -0.5
-            scores = torch.einsum("bhqd,bhkd->bhqk", query * scale, key)
-            weights = scores.float().softmax(-1).to(value.dtype)
+            scores = torch.einsum("bhqd,bhkd->bhqk", query * scale, key).float()
+            if bias is not None:
+                scores = scores + bias
+            weights = scores.softmax(-1).to(value.dtype)
             result = torch.einsum("bhqk,bhkd->bhqd", weights, value)
         ctx.save_for_backward(query, key, value, weights, result)
         return result
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         """Return the gradients of query, key and value."""
         query, key, value, weights, result = ctx.saved_tensors
         with torch.autocast(query.device.type, enabled=False):
@@ -76,7 +108,7 @@ class EinsumAttention(torch.autograd.Function):
             grad_scores = grad_scores.to(query.dtype)
             grad_query = torch.einsum("bhqk,bhkd->bhqd", grad_scores, key)
             grad_key = torch.einsum("bhqk,bhqd->bhkd", grad_scores, query)
-        return grad_query, grad_key, grad_value
+        return grad_query, grad_key, grad_value, None
 
 
 dispatch.register("attention", "xla", einsum_attention)

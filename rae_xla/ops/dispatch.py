@@ -9,9 +9,9 @@ when it starts, and removes them when it stops::
     ...
     registration.remove()
 
-An implementation takes the arguments of the operation and returns its result, or None if it does
-not support these arguments. Dispatch then continues with the implementation that was registered
-before it, and ends with the generic one.
+An implementation takes the arguments of the operation and returns its result (True if the operation
+works in place), or None if it does not support these arguments. Dispatch then continues with the
+implementation that was registered before it, and ends with the generic one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 
 Implementation = Callable[..., Any]
 
-OPERATIONS = ("attention", "apply_rope", "layer_norm")
+OPERATIONS = ("attention", "apply_rope", "gather_tokens", "layer_norm", "adamw_", "average_")
 """Operations that dispatch, by the name of their function in ``rae_xla.ops``."""
 
 # Operation -> device type -> implementations, the latest registration first. A device belongs to

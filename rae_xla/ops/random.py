@@ -19,9 +19,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
-_PARITY = 0x1BD11BDA  # the key-schedule constant of Threefry-2x32
-_ROUND_GROUPS = 5  # five groups of four rounds
+from rae_xla.ops.eager_random import (
+    PARITY,
+    ROTATIONS,
+    ROUND_GROUPS,
+    Key,
+    fill_normal,
+    fill_uniform,
+    fill_uniforms,
+    runs_eagerly,
+)
 
 
 def _int32(value: int) -> int:
@@ -43,9 +50,7 @@ def _rotate_left(x: Tensor, bits: int) -> Tensor:
     return (x * (1 << bits)) | _shift_right(x, 32 - bits)
 
 
-def threefry(
-    key: tuple[Tensor | int, Tensor | int], counter: tuple[Tensor, Tensor]
-) -> tuple[Tensor, Tensor]:
+def threefry(key: Key, counter: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Compute the block function of Threefry-2x32-20.
 
     Args:
@@ -56,10 +61,10 @@ def threefry(
         Two int32 tensors of 32 random bits each.
     """
     k0, k1 = key
-    key_schedule = (k0, k1, k0 ^ k1 ^ _PARITY)
+    key_schedule = (k0, k1, k0 ^ k1 ^ PARITY)
     x0, x1 = counter[0] + k0, counter[1] + k1
-    for group in range(_ROUND_GROUPS):
-        for bits in _ROTATIONS[group % 2]:
+    for group in range(ROUND_GROUPS):
+        for bits in ROTATIONS[group % 2]:
             x0 = x0 + x1
             x1 = _rotate_left(x1, bits) ^ x0
         x0 = x0 + key_schedule[(group + 1) % 3]
@@ -100,17 +105,36 @@ class CounterRNG:
     step: Tensor
     rows: Tensor
 
+    def _key(self, purpose: str) -> tuple[int, Tensor]:
+        """Return the key of (seed, purpose, step)."""
+        return _int32(self.seed ^ _purpose_id(purpose)), self.step ^ _int32(self.seed >> 32)
+
     def _bits(self, purpose: str, count: int) -> tuple[Tensor, Tensor]:
         """Return two int32 tensors (B, count): key (seed, purpose, step), counter (row, index)."""
-        key = _int32(self.seed ^ _purpose_id(purpose)), self.step ^ _int32(self.seed >> 32)
+        key = self._key(purpose)
         elements = torch.arange(count, dtype=torch.int32, device=self.rows.device)
         rows, elements = torch.broadcast_tensors(self.rows[:, None], elements[None])
         return threefry(key, (rows, elements))
 
     def uniform(self, purpose: str, shape: tuple[int, ...] = ()) -> Tensor:
         """Return (B, *shape) float32, uniform on [0, 1) in multiples of 2^-24."""
-        bits, _ = self._bits(purpose, math.prod(shape))
+        count = math.prod(shape)
+        if runs_eagerly(self.rows.device):
+            fill_uniform(self._key(purpose), self.rows, out := self._empty(count))
+            return out.view(-1, *shape)
+        bits, _ = self._bits(purpose, count)
         return _bits_to_uniform(bits).reshape(-1, *shape)
+
+    def uniforms(self, *purposes: str) -> tuple[Tensor, ...]:
+        """Return ``uniform(purpose)``, (B,), for each purpose.
+
+        Where operations run one by one, it takes as many of them as a single purpose.
+        """
+        if not runs_eagerly(self.rows.device):
+            return tuple(self.uniform(purpose) for purpose in purposes)
+        keys = [self._key(purpose)[0] for purpose in purposes]
+        fill_uniforms(keys, self._key("")[1], self.rows, out := self._empty(len(purposes)))
+        return out.unbind(1)
 
     def batch_uniform(self, purpose: str, count: int) -> Tensor:
         """Return (count,) float32, uniform on [0, 1), that do not depend on the rows."""
@@ -120,8 +144,14 @@ class CounterRNG:
     def normal(self, purpose: str, shape: tuple[int, ...] = ()) -> Tensor:
         """Return (B, *shape) float32, standard normal by the Box-Muller transform (|z| < 5.9)."""
         count = math.prod(shape)
+        if runs_eagerly(self.rows.device):
+            fill_normal(self._key(purpose), self.rows, out := self._empty(count))
+            return out.view(-1, *shape)
         first, second = self._bits(purpose, (count + 1) // 2)
         radius = torch.sqrt(-2.0 * torch.log(_bits_to_uniform(first) + 2.0**-25))
         angle = (2.0 * math.pi) * _bits_to_uniform(second)
         pairs = torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)], dim=1)
         return pairs[:, :count].reshape(-1, *shape)
+
+    def _empty(self, count: int) -> Tensor:
+        return torch.empty(len(self.rows), count, dtype=torch.float32, device=self.rows.device)

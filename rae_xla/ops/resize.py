@@ -10,8 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from rae_xla.ops.dispatch import requires_static_graph
 
 # Free parameter of the cubic kernel (Keys 1981), as in torch.nn.functional.interpolate.
 CUBIC_A = -0.75
@@ -52,6 +56,31 @@ def resize_bilinear(images: Tensor, size: tuple[int, int] | int) -> Tensor:
     return _resize(images, size, _linear_weights, first_tap=0)
 
 
+def resize_bicubic_antialiased(images: Tensor, size: int) -> Tensor:
+    """Resize square images bicubically with antialiasing, in float32.
+
+    Equals ``torch.nn.functional.interpolate(mode="bicubic", antialias=True)``. Where the graph is
+    static, its two matrices are computed on the CPU and become constants.
+
+    Args:
+        images: (B, C, S, S).
+        size: new side.
+
+    Returns:
+        (B, C, size, size), float32; values may lie outside of the range of ``images``.
+    """
+    images, source = images.float(), images.shape[-1]
+    if source == size:
+        return images
+    if not requires_static_graph(images.device):
+        return F.interpolate(images, (size, size), mode="bicubic", antialias=True)
+    columns = torch.eye(source, device="cpu").view(1, 1, source, source)
+    matrix = F.interpolate(columns, (size, source), mode="bicubic", antialias=True)[0, 0]
+    matrix = matrix.to(images.device)
+    with _full_precision(images.device.type):
+        return matrix @ images @ matrix.T
+
+
 def _cubic_weights(t: Tensor) -> Tensor:
     """Return the weights (n, 4) of the pixels at -1, 0, 1, 2 for positions ``t`` in [0, 1)."""
 
@@ -73,17 +102,26 @@ def _matrix(
     source: int, target: int, kernel: Kernel, first_tap: int, device: torch.device
 ) -> Tensor:
     """Return the (target, source) matrix that resizes one axis from ``source`` to ``target``."""
-    # On the CPU, with the roundings of PyTorch's kernel (a float32 scale, a fused multiply-add): at
+    # In float64, with the roundings of PyTorch's kernel (a float32 scale, a fused multiply-add): at
     # 512 pixels one rounding more or less changes the result by 3e-5.
-    index = torch.arange(target, dtype=torch.float64, device="cpu")
-    scale = torch.tensor(source, dtype=torch.float32, device="cpu") / target
-    position = (scale.double() * (index + 0.5) - 0.5).float().to(device)
+    scale = np.float32(source) / np.float32(target)
+    index = torch.arange(target, dtype=torch.float64, device=_float64_device(device))
+    position = (float(scale) * (index + 0.5) - 0.5).float().to(device)
     left = position.floor()
     taps = kernel(position - left)
     offsets = torch.arange(taps.shape[1], device=device, dtype=torch.float32) + first_tap
     pixels = (left[:, None] + offsets).clamp(0, source - 1)
     columns = torch.arange(source, device=device, dtype=torch.float32)
     return (taps[:, :, None] * (pixels[:, :, None] == columns)).sum(dim=1)
+
+
+def _float64_device(device: torch.device) -> torch.device:
+    """Return where to compute positions: on the device if it has float64, else on the CPU.
+
+    A copy from the CPU would make the host wait for all work of the device, in every step. On XLA
+    the matrix is part of the compiled graph, as a constant.
+    """
+    return device if device.type in ("cuda", "meta") else torch.device("cpu")
 
 
 def _resize(images: Tensor, size: tuple[int, int] | int, kernel: Kernel, first_tap: int) -> Tensor:

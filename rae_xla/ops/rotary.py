@@ -20,17 +20,18 @@ class RotaryEmbedding(nn.Module):
 
     The first half of a head's channels is rotated by the token's row, the second half by its
     column; each angle rotates two adjacent channels. ``freqs_cos`` and ``freqs_sin``,
-    (grid_size², head_dim), are stored in the state dict, as published.
+    (grid_size² + num_extra, head_dim), are stored in the state dict, as published.
 
     Args:
         head_dim: channels of one attention head, a multiple of 4.
         grid_size: tokens along each side of the grid.
+        num_extra: tokens after those of the grid, which are not rotated.
 
     Raises:
         UserError: if ``head_dim`` is not a multiple of 4.
     """
 
-    def __init__(self, head_dim: int, grid_size: int) -> None:
+    def __init__(self, head_dim: int, grid_size: int, num_extra: int = 0) -> None:
         super().__init__()
         if head_dim % 4:
             raise UserError(
@@ -40,8 +41,8 @@ class RotaryEmbedding(nn.Module):
         self.grid_size = grid_size
         self.freqs_cos: Tensor
         self.freqs_sin: Tensor
-        self.register_buffer("freqs_cos", torch.empty(grid_size**2, head_dim))
-        self.register_buffer("freqs_sin", torch.empty(grid_size**2, head_dim))
+        self.register_buffer("freqs_cos", torch.empty(grid_size**2 + num_extra, head_dim))
+        self.register_buffer("freqs_sin", torch.empty(grid_size**2 + num_extra, head_dim))
         self.reset_parameters()
 
     @torch.no_grad()
@@ -56,8 +57,11 @@ class RotaryEmbedding(nn.Module):
         angle = torch.outer(position, frequency).repeat_interleave(2, dim=1)
         shape = (self.grid_size, self.grid_size, half)
         grid = torch.cat([angle[:, None].expand(shape), angle[None].expand(shape)], dim=-1)
-        self.freqs_cos.copy_(grid.cos().flatten(0, 1))
-        self.freqs_sin.copy_(grid.sin().flatten(0, 1))
+        positions = self.grid_size**2
+        self.freqs_cos[:positions].copy_(grid.cos().flatten(0, 1))
+        self.freqs_sin[:positions].copy_(grid.sin().flatten(0, 1))
+        self.freqs_cos[positions:].fill_(1.0)  # an angle of 0
+        self.freqs_sin[positions:].fill_(0.0)
 
     def forward(self) -> RopeTables:
         """Return the tables for ``apply_rope``."""

@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, cast
 
 from rae_xla.errors import UserError
-from rae_xla.runtime.accelerators import torch_device
+from rae_xla.runtime.accelerators import torch_device, unused_accelerator
 from rae_xla.runtime.backend import Backend, Batch
 from rae_xla.runtime.process_group import read_launch
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from rae_xla.config import MeshConfig, RuntimeConfig
 
 __all__ = ["Backend", "Batch", "start"]
+
+logger = logging.getLogger(__name__)
 
 
 def start(
@@ -38,6 +40,18 @@ def start(
     Raises:
         UserError: the backend is not installed, or the mesh does not fit the devices.
     """
+    started = _start(runtime, mesh, seed=seed, same_bits=same_bits)
+    if started.on_cpu and (reason := unused_accelerator()):
+        logger.warning(
+            "this machine has NVIDIA GPUs, but the run computes on the CPU: %s. Install the "
+            "PyTorch that fits the driver (`nvidia-smi` shows its CUDA version), or set "
+            "CUDA_VISIBLE_DEVICES= to use the CPU",
+            reason,
+        )
+    return started
+
+
+def _start(runtime: RuntimeConfig, mesh: MeshConfig, *, seed: int, same_bits: bool) -> Backend:
     backend = choose_backend() if runtime.backend == "auto" else runtime.backend
     if backend == "xla":
         if importlib.util.find_spec("torch_xla") is None:

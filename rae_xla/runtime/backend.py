@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rae_xla.runtime.accelerators import Accelerator, Memory
 from rae_xla.runtime.mesh import MeshShape
-from rae_xla.runtime.snapshot import HostTensor
+from rae_xla.runtime.snapshot import HostPart, HostTensor
 
 Fn = TypeVar("Fn", bound=Callable[..., Any])
 Batch = dict[str, Tensor]
@@ -51,6 +51,17 @@ class Backend(Protocol):
         """
         ...
 
+    def own_parts(self, module: nn.Module) -> dict[str, HostPart]:
+        """Return which part of each parameter this process will hold once it is placed.
+
+        Args:
+            module: not placed yet.
+
+        Returns:
+            By the name of the parameter; those that are missing are needed in full.
+        """
+        ...
+
     def place_tensors(self, tensors: Mapping[str, Tensor], like: nn.Module) -> dict[str, Tensor]:
         """Move host tensors to the devices, sharded like the parameters of a placed module.
 
@@ -84,6 +95,14 @@ class Backend(Protocol):
         """Return an autocast context of the configured precision."""
         ...
 
+    def full_float32(self) -> AbstractContextManager[Any]:
+        """Return a context in which products of fp32 tensors are computed in fp32.
+
+        Accelerators may otherwise round their operands first, TPUs to bf16 and GPUs to TF32. A
+        compiled function that needs it must be called inside the context every time.
+        """
+        ...
+
     def global_mean(self, values: Sequence[Tensor]) -> list[Tensor]:
         """Average values that a step computed as means over its rows over the global batch."""
         ...
@@ -104,6 +123,29 @@ class Backend(Protocol):
         """Return this process's shard of each tensor, in the same memory.
 
         An elementwise update of the shards in every process updates the full tensors.
+        """
+        ...
+
+    def shard_dimensions(self, tensors: Sequence[Tensor]) -> list[int | None]:
+        """Return the dimension along which ``local_shards`` returns a part of each tensor.
+
+        None: it returns all of the tensor.
+        """
+        ...
+
+    def apply_to_matrices(
+        self, function: Callable[[Tensor], Tensor], stack: Tensor, dimension: int | None
+    ) -> Tensor:
+        """Apply a function to matrices, each of which is computed by one device if possible.
+
+        Args:
+            function: of a stack of complete matrices (n, rows, columns), each independent of the
+                others; of the same shape. A matrix of zeros stays zero.
+            stack: (n, rows, columns), as far as this process holds it.
+            dimension: along which it is sharded, 1 or 2; None: the matrices are complete.
+
+        Returns:
+            The result, sharded like ``stack``.
         """
         ...
 
@@ -155,6 +197,18 @@ class Backend(Protocol):
         """
         ...
 
+    def to_host_later(self, tensors: Mapping[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
+        """Start to copy full tensors to the CPU of every process.
+
+        Args:
+            tensors: as for :meth:`to_host`; all processes start the same copies in the same order.
+
+        Returns:
+            A function that returns the copies. Where devices allow it, it does not wait for work
+            that was submitted after them.
+        """
+        ...
+
     def snapshot(self, tensors: Mapping[str, Tensor]) -> dict[str, HostTensor]:
         """Copy the shards that this process writes to a checkpoint to the CPU.
 
@@ -189,6 +243,14 @@ class Backend(Protocol):
         """Return how many graphs this process has compiled; 0 where nothing is compiled."""
         ...
 
+    def captures(self) -> int:
+        """Return how many calls of compiled functions were traced to be replayed later.
+
+        It grows while the functions of a run are called for the first two times. Afterwards only a
+        new shape, or a tensor that was replaced, makes it grow. 0 where nothing is replayed.
+        """
+        ...
+
     def fallbacks(self) -> dict[str, int]:
         """Return the operations that ran on the host instead of the device, with their counts."""
         ...
@@ -220,6 +282,10 @@ class GlobalArithmetic:
     That is the case under XLA's SPMD partitioner, and on a single device.
     """
 
+    def own_parts(self, module: nn.Module) -> dict[str, HostPart]:
+        """Return nothing: parameters are placed from full tensors."""
+        return {}
+
     def global_mean(self, values: Sequence[Tensor]) -> list[Tensor]:
         """Return the values: they are means over the global batch already."""
         return list(values)
@@ -235,3 +301,13 @@ class GlobalArithmetic:
     def local_shards(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Return the tensors: this process holds each of them in full."""
         return list(tensors)
+
+    def shard_dimensions(self, tensors: Sequence[Tensor]) -> list[int | None]:
+        """Return None for each tensor: this process holds it in full."""
+        return [None] * len(tensors)
+
+    def apply_to_matrices(
+        self, function: Callable[[Tensor], Tensor], stack: Tensor, dimension: int | None
+    ) -> Tensor:
+        """Apply the function on this device."""
+        return function(stack)

@@ -58,8 +58,8 @@ def _rows_per_process(backend: Backend) -> int:
 
 
 def _seconds(backend: Backend, work: Callable[[], Any]) -> float:
-    """Return the time of one call, after a warm-up call."""
-    results: list[Tensor | None] = [work()]
+    """Return the time of one call, after two warm-up calls, which compile and capture it."""
+    results: list[Tensor | None] = [work(), work()]
     backend.synchronize()
     start = time.perf_counter()
     for _ in range(REPEATS):

@@ -27,12 +27,14 @@ class MeshShape:
         tensor: number of devices that share one copy of the state and the same rows, and split the
             layers.
         slices: number of slices, each with the devices above; a data-centre network connects them.
+        fsdp_slices: number of slices that share one copy of the state.
     """
 
     data: int
     fsdp: int
     tensor: int = 1
     slices: int = 1
+    fsdp_slices: int = 1
 
     @property
     def size(self) -> int:
@@ -46,13 +48,18 @@ class MeshShape:
 
     @property
     def axis_sizes(self) -> dict[str, int]:
-        """Number of devices along each axis; slices are part of the data axis."""
-        return {"data": self.slices * self.data, "fsdp": self.fsdp, "tensor": self.tensor}
+        """Number of devices along each axis; slices are part of the axes data and fsdp."""
+        return {
+            "data": self.slices // self.fsdp_slices * self.data,
+            "fsdp": self.fsdp_slices * self.fsdp,
+            "tensor": self.tensor,
+        }
 
     def __str__(self) -> str:
         slices = f"{self.slices} slices of " if self.slices > 1 else ""
         tensor = f" x tensor={self.tensor}" if self.tensor > 1 else ""
-        return f"{slices}data={self.data} x fsdp={self.fsdp}{tensor}"
+        across = f" (fsdp over {self.fsdp_slices} slices)" if self.fsdp_slices > 1 else ""
+        return f"{slices}data={self.data} x fsdp={self.fsdp}{tensor}{across}"
 
 
 def resolve_mesh(settings: MeshConfig, devices: int) -> MeshShape:
@@ -65,7 +72,7 @@ def resolve_mesh(settings: MeshConfig, devices: int) -> MeshShape:
     Raises:
         UserError: the product of the axes is not the number of devices.
     """
-    slices = settings.dcn.data
+    slices = settings.dcn.data * settings.dcn.fsdp
     sizes = {axis: getattr(settings.ici, axis) for axis in AXES}
     open_axes = [axis for axis, size in sizes.items() if size == -1]
     if len(open_axes) > 1:
@@ -82,7 +89,24 @@ def resolve_mesh(settings: MeshConfig, devices: int) -> MeshShape:
     if min(*sizes.values(), slices) < 1 or given != devices:
         ici = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
         raise UserError(
-            f"mesh: dcn.data={slices} x ici ({ici}) does not match the {devices} devices of this "
-            "run; change a size in mesh.ici (-1: all remaining devices) or mesh.dcn.data"
+            f"mesh: {slices} slice{'s' * (slices > 1)} (mesh.dcn) x ici ({ici}) does not match the "
+            f"{devices} devices of this run; change a size in mesh.ici (-1: all remaining devices) "
+            "or mesh.dcn"
         )
-    return MeshShape(**sizes, slices=slices)
+    return MeshShape(**sizes, slices=slices, fsdp_slices=settings.dcn.fsdp)
+
+
+def check_tensor_axis(mesh: MeshShape, devices_per_host: int) -> None:
+    """Check that the devices of a tensor group can be on one host.
+
+    They work on the same images, and every host loads its own.
+
+    Raises:
+        UserError: they cannot.
+    """
+    if mesh.size > devices_per_host and devices_per_host % mesh.tensor:
+        raise UserError(
+            f"mesh.ici.tensor={mesh.tensor} does not divide the {devices_per_host} devices of a "
+            "host: the devices of a tensor group would be on several hosts, which load different "
+            "images. Choose a divisor"
+        )

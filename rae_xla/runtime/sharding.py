@@ -114,7 +114,12 @@ def load_rules(paths: Iterable[str]) -> dict[str, NetworkRules]:
     rules: dict[str, NetworkRules] = {}
     for path in paths:
         found = _find(path)
-        for file in sorted(found.glob("*.yaml")) if found.is_dir() else [found]:
+        files = sorted(found.glob("*.yaml")) if found.is_dir() else [found]
+        if not files:
+            raise UserError(
+                f"mesh.sharding: the folder {found} has no .yaml files of sharding rules"
+            )
+        for file in files:
             networks, network_rules = _read(file)
             rules.update(dict.fromkeys(networks, network_rules))
     return rules
@@ -134,7 +139,7 @@ def _find(path: str) -> Path:
 def _read(file: Path) -> tuple[list[str], NetworkRules]:
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(
             f"sharding rules {file} cannot be read ({error}): correct the file"
         ) from error

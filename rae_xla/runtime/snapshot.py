@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -38,6 +38,20 @@ class HostTensor:
     def full(cls, data: Tensor) -> HostTensor:
         """Return a tensor whose only shard is all of it, on the CPU."""
         return cls(tuple(data.shape), (HostShard(data, (0,) * data.dim()),))
+
+
+@dataclass(frozen=True)
+class HostPart:
+    """The part of a tensor that a process needs: indices ``start`` to ``stop`` of one dimension."""
+
+    dimension: int
+    start: int
+    stop: int
+
+    def overlaps(self, offsets: Sequence[int], lengths: Sequence[int]) -> bool:
+        """Return whether a rectangle, by its first index and size along each dimension, has any."""
+        first, length = offsets[self.dimension], lengths[self.dimension]
+        return first < self.stop and self.start < first + length
 
 
 Snapshot = Mapping[str, HostTensor]

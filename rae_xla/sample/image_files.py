@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import shutil
 import tarfile
 import zipfile
 from collections import deque
@@ -13,8 +12,11 @@ from pathlib import Path
 from types import TracebackType
 
 import numpy as np
-from PIL import Image
 
+from rae_xla import storage
+from rae_xla.config.paths import StoragePath
+from rae_xla.data.image_decoding import ImageError, decode_rgb
+from rae_xla.errors import UserError
 from rae_xla.sample.images import Pixels, save_png
 
 SHARD = 1000
@@ -30,16 +32,16 @@ class ImageFiles:
     while images are generated; then :meth:`pack` turns each folder into a tar file, ``000.tar``.
 
     Args:
-        out: the set's folder.
+        out: the set's folder, local or ``gs://``.
         layout: ``flat``, ``folders`` or ``tar``.
         count: number of images in the set.
     """
 
-    def __init__(self, out: Path, layout: str, count: int) -> None:
-        self._out, self._layout = out, layout
+    def __init__(self, out: str | Path, layout: str, count: int) -> None:
+        self._out, self._layout = StoragePath(out), layout
         self.count = count
 
-    def path(self, i: int) -> Path:
+    def path(self, i: int) -> StoragePath:
         """Return the path that image i is written to."""
         name = f"{i:06d}.png"
         return self._out / name if self._layout == "flat" else self._folder(i // SHARD) / name
@@ -47,33 +49,60 @@ class ImageFiles:
     def existing(self) -> set[int]:
         """Return the indices of the images that exist; each of them is complete."""
         indices: set[int] = set()
+        top = storage.list_files(self._out) if storage.exists(self._out) else {}
         for shard in range(-(-self.count // SHARD)):
-            if self._tar(shard).exists():
+            if self._tar(shard).name in top:
                 indices.update(self._members(shard))
-        folders = [self._out] if self._layout == "flat" else self._out.glob("[0-9]*/")
-        for folder in folders:
-            indices.update(int(p.stem) for p in folder.glob("*.png") if p.stem.isdigit())
+        if self._layout == "flat":
+            indices.update(_numbers(top))
+        else:
+            for name in storage.list_folders(self._out):
+                if name.isdecimal():
+                    indices.update(_numbers(storage.list_files(self._out / name)))
         return {i for i in indices if i < self.count}
 
     def make_folders(self) -> None:
         """Create every folder that images are written to."""
         for i in range(0, self.count, SHARD):
-            self.path(i).parent.mkdir(parents=True, exist_ok=True)
+            storage.make_folder(self.path(i).parent)
 
     def read(self, i: int) -> bytes:
         """Return the bytes of image i's PNG."""
         path = self.path(i)
-        if path.exists() or self._layout != "tar":
-            return path.read_bytes()
-        with tarfile.open(self._tar(i // SHARD)) as tar:
+        if self._layout != "tar" or storage.exists(path):
+            return storage.read_bytes(path)
+        tar_path = self._tar(i // SHARD)
+        # A member is found by seeking, which a stream from a bucket cannot do.
+        content = io.BytesIO(storage.read_bytes(tar_path)) if tar_path.is_remote else None
+        with tarfile.open(tar_path, fileobj=content) as tar:
             return _read_member(tar, path.name)
 
+    def pixels(self, i: int) -> Pixels:
+        """Return image i, (H, W, 3).
+
+        Raises:
+            UserError: the image is damaged or missing; names its file.
+        """
+        try:
+            return np.asarray(decode_rgb(self.read(i)))
+        except (ImageError, OSError, KeyError, tarfile.TarError) as error:
+            path = self.path(i)
+            where = path if storage.exists(path) else f"{self._tar(i // SHARD)}: {path.name}"
+            raise UserError(
+                f"{where}: not a readable image ({error}): remove the file and repeat the command, "
+                "which generates its images again"
+            ) from error
+
     def images(self, workers: int) -> Iterator[Pixels]:
-        """Yield all images (H, W, 3) in order; only a block of them is in memory at a time."""
+        """Yield all images (H, W, 3) in order; only a block of them is in memory at a time.
+
+        Raises:
+            UserError: as for :meth:`pixels`.
+        """
         with ThreadPoolExecutor(workers) as threads:
             for start in range(0, self.count, _READ_BLOCK):
                 block = range(start, min(start + _READ_BLOCK, self.count))
-                yield from threads.map(decode_png, map(self.read, block))
+                yield from threads.map(self.pixels, block)
 
     def pack(self) -> None:
         """Turn folders into tar files, if the layout is ``tar``.
@@ -83,26 +112,31 @@ class ImageFiles:
         if self._layout != "tar":
             return
         for shard in range(-(-self.count // SHARD)):
-            if not self._folder(shard).exists():
+            folder = self._folder(shard)
+            if not storage.exists(folder):
                 continue  # packed already
-            tar_path = self._tar(shard)
-            unfinished = tar_path.with_name(tar_path.name + ".unfinished")
-            with tarfile.open(unfinished, "w") as tar:
+            _remove_partial(self._tar(shard))
+            with (
+                storage.create(self._tar(shard)) as file,
+                tarfile.open(fileobj=file, mode="w|") as tar,
+            ):
                 for i in self._members(shard):
                     content = self.read(i)
                     member = tarfile.TarInfo(self.path(i).name)
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
-            unfinished.replace(tar_path)
-            shutil.rmtree(self._folder(shard))
+            for name in storage.list_files(folder):
+                storage.remove(folder / name)
+            if not folder.is_remote:  # a bucket has no folders
+                Path(folder).rmdir()
 
     def _members(self, shard: int) -> range:
         return range(shard * SHARD, min((shard + 1) * SHARD, self.count))
 
-    def _folder(self, shard: int) -> Path:
+    def _folder(self, shard: int) -> StoragePath:
         return self._out / f"{shard:03d}"
 
-    def _tar(self, shard: int) -> Path:
+    def _tar(self, shard: int) -> StoragePath:
         return self._out / f"{shard:03d}.tar"
 
 
@@ -121,7 +155,7 @@ class ImageWriter:
         self._pending: deque[Future[None]] = deque()
         self._max_pending = 64 * workers
 
-    def write(self, path: Path, pixels: Pixels) -> None:
+    def write(self, path: str, pixels: Pixels) -> None:
         """Queue one image (H, W, 3); block while the queue is full."""
         while len(self._pending) >= self._max_pending:
             self._pending.popleft().result()
@@ -143,20 +177,23 @@ class ImageWriter:
 
 
 def write_npz(
-    path: Path, images: Iterable[Pixels], shape: tuple[int, ...], labels: np.ndarray
+    path: str | Path, images: Iterable[Pixels], shape: tuple[int, ...], labels: np.ndarray
 ) -> None:
     """Write ``arr_0`` and ``labels`` as ``np.savez`` does, but image by image.
 
     ``np.savez`` would need all images in memory. The file appears atomically.
 
     Args:
-        path: the ``.npz`` file.
+        path: the ``.npz`` file, local or ``gs://``.
         images: N images of shape ``shape[1:]``, consumed one at a time.
         shape: (N, H, W, 3).
         labels: (N,).
     """
-    unfinished = path.with_name(path.name + ".unfinished")
-    with zipfile.ZipFile(unfinished, "w", zipfile.ZIP_STORED) as archive:
+    _remove_partial(StoragePath(path))
+    with (
+        storage.create(str(path)) as file,
+        zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive,
+    ):
         with archive.open("arr_0.npy", "w", force_zip64=True) as array:
             header = {"descr": "|u1", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(array, header)
@@ -164,13 +201,23 @@ def write_npz(
                 array.write(image.tobytes())
         with archive.open("labels.npy", "w") as array:
             np.lib.format.write_array(array, labels)
-    unfinished.replace(path)
 
 
-def decode_png(content: bytes) -> Pixels:
-    """Return the pixels (H, W, 3) of an encoded image."""
-    with Image.open(io.BytesIO(content)) as image:
-        return np.asarray(image.convert("RGB"))
+def _remove_partial(path: StoragePath) -> None:
+    """Delete what a process that was killed had written of a file; nothing else writes it now."""
+    if path.is_remote:
+        return  # an object that is not complete does not exist
+    for name in storage.list_files(path.parent):
+        if name.startswith(path.name + storage.TEMPORARY_MARK) or name == f"{path.name}.unfinished":
+            storage.remove(path.parent / name)
+
+
+def _numbers(names: Iterable[str]) -> Iterator[int]:
+    """Yield the indices of the images among the names of files."""
+    for name in names:
+        stem, _, suffix = name.partition(".")
+        if stem.isdecimal() and suffix == "png":
+            yield int(stem)
 
 
 def _read_member(tar: tarfile.TarFile, name: str) -> bytes:

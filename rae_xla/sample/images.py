@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+from rae_xla import storage
 
 Pixels = NDArray[np.uint8]
 """8-bit pixels; channels last, (..., H, W, 3), unless a docstring gives another shape."""
@@ -125,8 +128,14 @@ def _shorten(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, widt
     return text.rstrip() + "…"
 
 
-def save_png(path: Path, pixels: Pixels) -> None:
+def save_png(path: str | Path, pixels: Pixels) -> None:
     """Write one image (H, W, 3) atomically: ``path`` never holds part of a file."""
+    if storage.is_remote(str(path)):
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, format="png")
+        storage.write_bytes(str(path), buffer.getvalue())
+        return
+    path = Path(path)
     unfinished = path.with_name(path.name + ".unfinished")
     try:
         Image.fromarray(pixels).save(unfinished, format="png")

@@ -1,7 +1,10 @@
-"""Pipeline: generate images of named classes from a model's name.
+"""Pipeline: generate images of named classes, or of prompts, from a model's name.
 
     pipeline = load_pipeline("ditdh-xl-256", cfg_scale=1.8)
     images = pipeline(["golden retriever", 388], num_samples=8, seed=42)
+
+    pipeline = load_pipeline("scale-rae-qwen1.5b", cfg_scale=3.0)
+    images = pipeline("a cat on a windowsill", num_images=4, seed=42)
 
 A model is given by its published name, a configuration file, or the folder of a run. Published
 files are downloaded when they are needed.
@@ -12,12 +15,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
 
 from rae_xla.errors import UserError
+from rae_xla.moved import moved_names
 from rae_xla.runtime import start
 from rae_xla.sample.images import Pixels
 from rae_xla.sample.labels import choose_labels
@@ -28,9 +32,15 @@ from rae_xla.sample.model_lookup import (
     resolve_model,
 )
 from rae_xla.sample.sampler import ImageSampler, Progress, part_of_progress
+from rae_xla.sample.text_to_image import build_text_to_image_pipeline
+from rae_xla.sample.text_to_image_lookup import is_text_to_image, resolve_text_to_image
 
 if TYPE_CHECKING:
     from rae_xla.config import RunConfig
+
+__getattr__ = moved_names(
+    __name__, {"names_of_classes": "rae_xla.sample.model_lookup.resolve_class_names"}
+)
 
 DEFAULT_BATCH_SIZE = 8
 SDE_STEPS = 250
@@ -123,25 +133,54 @@ def load_pipeline(
     mode: str | None = None,
     overrides: Sequence[str] = (),
     class_names: Sequence[str] | None = None,
-) -> Pipeline:
+    tokenizer: str | Path | None = None,
+    request: str | None = None,
+    write_text: bool | None = None,
+) -> Any:
     """Load a model on the devices of this machine; published files are downloaded.
 
     Args:
-        model: a published name (``published.GENERATORS``), a YAML file, a run's results folder, or
-            a folder or hub id of a saved diffusion transformer; see ``model_lookup.resolve_model``.
-        rae: the autoencoder of a saved diffusion transformer.
+        model: a published name (``published.GENERATORS`` or ``TEXT_TO_IMAGE``), a YAML file, a
+            run's results folder, or a folder or hub id of a saved model; see
+            ``model_lookup.resolve_model`` and ``text_to_image_lookup.resolve_text_to_image``.
+        rae: the autoencoder of a saved diffusion transformer or text-to-image model.
         cfg_scale: guidance scale; 1 disables guidance, None keeps the configuration's. The
             configuration also decides the method: classifier-free guidance or autoguidance.
-        num_steps: points of the solver's time grid; None keeps the configuration's.
+        num_steps: points of the solver's time grid, or evaluations of a text-to-image model; None
+            keeps the configuration's.
         mode: ``ode`` or ``sde``; None keeps the configuration's.
         overrides: further settings, ``key=value``, such as ``runtime.precision=bf16``.
         class_names: class names by label; None for ImageNet's (1,000 classes), those recorded by
             the run, or the labels.
+        tokenizer: text-to-image: folder of ``tokenizer.json``; None: that of the model.
+        request: text-to-image: form of a request, with ``{caption}``; None: that of the model.
+        write_text: text-to-image: whether the model first answers in text; None: only published
+            models.
+
+    Returns:
+        A :class:`Pipeline` for a class-conditional model, and a
+        ``text_to_image.TextToImagePipeline`` for a text-to-image model.
 
     Raises:
-        UserError: if there is no such model, or its files are missing or do not match.
+        UserError: if there is no such model, its files are missing or do not match, or options of
+            the other kind are given.
     """
     settings = sampling_overrides(cfg_scale, num_steps, mode)
+    prompted = {"tokenizer": tokenizer, "request": request, "write_text": write_text}
+    if is_text_to_image(str(model)):
+        if class_names is not None:
+            raise UserError(f"{model} generates from prompts: leave out class_names")
+        resolved_text = resolve_text_to_image(
+            str(model),
+            [*overrides, *settings],
+            rae=None if rae is None else str(rae),
+            tokenizer=None if tokenizer is None else str(tokenizer),
+            request=request,
+            write_text=write_text,
+        )
+        return build_text_to_image_pipeline(resolved_text)
+    if given := [name for name, value in prompted.items() if value is not None]:
+        raise UserError(f"{model} generates classes: leave out {', '.join(given)}")
     resolved = resolve_model(model, [*overrides, *settings], rae)
     return build_pipeline(resolved, resolve_class_names(resolved, class_names))
 

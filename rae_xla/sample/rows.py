@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from rae_xla.runtime import Backend, Batch
+
+T = TypeVar("T")
 
 _POSITION = "position"  # name of the extra tensor that records each row's position in the batch
 
@@ -60,6 +64,23 @@ def share_rows(backend: Backend, rows: Mapping[str, Tensor]) -> Batch:
     return backend.shard_batch({name: t[own].contiguous() for name, t in padded.items()})
 
 
+def send_rows(backend: Backend, rows: Mapping[str, Tensor], first: int) -> Batch:
+    """Move the rows of a batch that this process holds to the devices.
+
+    Args:
+        backend: where the rows go.
+        rows: host tensors with equally many rows, as many in every process.
+        first: position of the first of them in the batch. The processes together hold every
+            position once.
+
+    Returns:
+        The sharded rows, and their positions for :func:`collect_rows`.
+    """
+    count = len(next(iter(rows.values())))
+    positions = torch.arange(first, first + count, dtype=torch.int32)
+    return backend.shard_batch({**rows, _POSITION: positions})
+
+
 def collect_rows(
     backend: Backend, batch: Batch, results: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
@@ -67,16 +88,55 @@ def collect_rows(
 
     Args:
         backend: where the results are.
-        batch: what :func:`share_rows` returned.
+        batch: what :func:`share_rows` or :func:`send_rows` returned.
         results: sharded tensors with one row for each row of ``batch``.
 
     Returns:
-        Host tensors without the rows that were repeated as padding.
+        Host tensors without the rows that :func:`share_rows` repeated as padding.
+
+    Raises:
+        RuntimeError: the devices of all processes together lack a row.
     """
-    host = backend.to_host({**results, _POSITION: batch[_POSITION]})
-    # The processes of a pod need not hold consecutive rows. Padding repeats a row with its
-    # position, so each position keeps one of the equal rows.
+    return collect_rows_later(backend, batch, results)()
+
+
+def collect_rows_later(
+    backend: Backend, batch: Batch, results: Mapping[str, Tensor]
+) -> Callable[[], dict[str, Tensor]]:
+    """Start to gather results of shared rows; the function returns what ``collect_rows`` does."""
+    later = backend.to_host_later({**results, _POSITION: batch[_POSITION]})
+    return lambda: _in_order(later())
+
+
+def _in_order(host: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return rows in the order of their positions, each once."""
+    # The processes of a pod need not hold consecutive rows: a row is on the device that has its
+    # place in the mesh, and devices are not numbered in the order of the processes. Padding repeats
+    # a row with its position, so each position keeps one of the equal rows.
     position = host.pop(_POSITION).long()
-    order = torch.empty(int(position.max()) + 1, dtype=torch.long)
+    order = torch.full((int(position.max()) + 1,), -1)
     order[position] = torch.arange(len(position))
+    if int(order.min()) < 0:
+        raise RuntimeError(
+            f"the devices hold {int((order >= 0).sum())} different rows of a batch of {len(order)}"
+        )
     return {name: rows[order] for name, rows in host.items()}
+
+
+def in_flight(started: Iterable[Callable[[], T]], depth: int = 1) -> Iterator[T]:
+    """Yield the results of work that was started, in order and ``depth`` items later.
+
+    The devices compute the next items while the host uses a result.
+
+    Args:
+        started: functions that wait for a result, such as ``collect_rows_later`` returns; asking
+            for the next one starts its work.
+        depth: number of items that are started before the first is waited for.
+    """
+    pending: deque[Callable[[], T]] = deque()
+    for finish in started:
+        pending.append(finish)
+        if len(pending) > depth:
+            yield pending.popleft()()
+    while pending:
+        yield pending.popleft()()

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from rae_xla import storage
+from rae_xla.config.paths import StoragePath
 from rae_xla.config.schema import DcnMesh, IciMesh, MeshConfig
 from rae_xla.errors import UserError
 from rae_xla.progress import progress_bar
 from rae_xla.sample.generated_folder import LISTING_FILE
-from rae_xla.sample.image_files import ImageFiles, ImageWriter, decode_png, write_npz
+from rae_xla.sample.image_files import ImageFiles, ImageWriter, write_npz
 from rae_xla.sample.images import Pixels, save_png, to_grid
 from rae_xla.sample.rows import pad_rows
 from rae_xla.sample.sampler import GeneratedBatch, ImageSampler
@@ -42,7 +45,7 @@ def replicated_mesh(mesh: MeshConfig) -> MeshConfig:
 
 
 def claim_set(
-    out: Path,
+    out: str | Path,
     config: RunConfig,
     backend: Backend,
     *,
@@ -65,36 +68,75 @@ def claim_set(
     settings = {name: tree[name] for name in sections} | {"labels": labels, "seed": seed}
     settings |= {"count": count, "precision": config.runtime.precision}
     settings |= {"keep_latents": keep_latents, "layout": layout}
-    problem = _claim(out, settings) if backend.process_index == 0 else ""
+    claim_folder(
+        StoragePath(out),
+        settings,
+        backend,
+        lambda old: bool(ImageFiles(out, old["layout"], old["count"]).existing()),
+    )
+
+
+def claim_folder(
+    out: StoragePath,
+    settings: dict[str, Any],
+    backend: Backend,
+    has_images: Callable[[dict[str, Any]], bool],
+    *,
+    ours: bool = False,
+) -> None:
+    """Record settings in a folder, or check those that it has; all processes call it.
+
+    Args:
+        out: the folder.
+        settings: values of JSON.
+        backend: of the processes.
+        has_images: given the recorded settings, returns whether the folder has images of them.
+        ours: whether a listing of ``rae-xla generate`` in the folder is of the same command.
+
+    Raises:
+        UserError: the folder has images of other settings, or cannot be written.
+    """
+    problem = _claim(out, settings, has_images, ours) if backend.process_index == 0 else ""
     problem = backend.all_gather_text(problem)[0]
     if problem:
         raise UserError(problem)
 
 
-def _claim(out: Path, settings: dict[str, Any]) -> str:
+def _claim(
+    out: StoragePath,
+    settings: dict[str, Any],
+    has_images: Callable[[dict[str, Any]], bool],
+    ours: bool,
+) -> str:
     """Write the settings unless the folder contains another set.
 
     Returns:
         An error message; empty on success.
     """
     path = out / SETTINGS_FILE
-    if (out / LISTING_FILE).exists():
+    if storage.exists(out / LISTING_FILE) and not ours:
         return f"{out} contains images of `rae-xla generate`: give another --out"
-    if path.exists():
-        recorded = _OLD_SETTINGS | json.loads(path.read_text(encoding="utf-8"))
+    if storage.exists(path):
+        try:
+            recorded = _OLD_SETTINGS | json.loads(storage.read_bytes(path))
+        except (OSError, ValueError, TypeError) as error:
+            return f"{path} cannot be read ({error}): give another --out, or remove the folder"
         changed = [name for name in settings if recorded.get(name) != settings[name]]
         if not changed:
             return ""
-        if ImageFiles(out, recorded["layout"], recorded["count"]).existing():
+        if has_images(recorded):
             return (
                 f"{out} contains a sample set with other settings ({', '.join(changed)}): give "
                 "another --out, or remove the folder"
             )
+    elif has_images(settings) or storage.exists(out / SET_FILE):
+        return (
+            f"{out} contains images with the names of a sample set, but no {SETTINGS_FILE}, so "
+            "they may be of another one: give another --out"
+        )
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(path.name + ".unfinished")
-        unfinished.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-        unfinished.replace(path)
+        storage.make_folder(out)
+        storage.write_bytes(path, (json.dumps(settings, indent=1) + "\n").encode())
     except OSError as error:
         return f"--out: {out} cannot be written: {error.strerror or error}"
     return ""
@@ -106,11 +148,11 @@ def write_set(
     *,
     seed: int,
     batch: int,
-    out: Path,
+    out: str | Path,
     keep_latents: bool = False,
     layout: str = "flat",
     workers: int = 4,
-) -> Path:
+) -> StoragePath:
     """Generate the images that ``out`` lacks, and write the ``.npz`` and grid of all of them.
 
     Every process generates and writes its share; process 0 writes the ``.npz`` and the grid.
@@ -120,10 +162,12 @@ def write_set(
         labels: (N,) int64; image i shows class ``labels[i]``.
         seed: seed of the set.
         batch: images generated at a time; it does not change them.
-        out: output folder, shared by all processes: PNGs, ``grid.png`` and ``samples.npz``
-            (``arr_0`` uint8 (N, H, W, 3) as the ADM evaluation suite reads it, and ``labels``).
-        keep_latents: also write ``latents.npy``, float32 (N, C, h, w): row i is the normalised
-            latent that image i was decoded from, as ``RAE.decode`` takes it.
+        out: output folder, local or ``gs://``, shared by all processes: PNGs, ``grid.png`` and
+            ``samples.npz`` (``arr_0`` uint8 (N, H, W, 3) as the ADM evaluation suite reads it, and
+            ``labels``).
+        keep_latents: also write ``latents.npy``, float32 (N, C, h, w), which needs a local folder:
+            row i is the normalised latent that image i was decoded from, as ``RAE.decode`` takes
+            it.
         layout: layout of the PNGs, see :class:`ImageFiles`.
         workers: threads per process that write PNGs.
 
@@ -132,24 +176,33 @@ def write_set(
     """
     backend = sampler.backend
     first = backend.process_index == 0
+    out = StoragePath(out)
     files = ImageFiles(out, layout, len(labels))
     shape = (len(labels), *sampler.latent_size)
     message = ""
     if first:
         if keep_latents:
-            _create_latents(out / LATENTS_FILE, shape)
+            create_latents(Path(out / LATENTS_FILE), shape)
         files.make_folders()
         missing = _missing_images(files, out, shape if keep_latents else None)
         if missing:
-            (out / SET_FILE).unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                storage.remove(out / SET_FILE)
         message = json.dumps(missing)
     missing = json.loads(backend.all_gather_text(message)[0])
-    latents = _open_latents(out / LATENTS_FILE, "r+") if keep_latents else None
-    _generate(sampler, labels, missing, files, latents, seed=seed, batch=batch, workers=workers)
+    latents = open_latents(Path(out / LATENTS_FILE), "r+") if keep_latents else None
+
+    def start(indices: Tensor, requested: Tensor) -> Callable[[], GeneratedBatch]:
+        return sampler.dispatch(
+            seed, indices, labels[indices.long()], requested, keep_latents=keep_latents
+        )
+
+    size = sampler.rows_per_device(min(batch, len(labels)))
+    generate_missing(start, backend, missing, files, latents, size=size, workers=workers)
     backend.all_gather_text("written")  # a barrier: process 0 reads what the others wrote
     path = out / SET_FILE
-    if first and not path.exists():
-        sample = decode_png(files.read(0))
+    if first and not storage.exists(path):
+        sample = files.pixels(0)
         write_npz(path, files.images(workers), (len(labels), *sample.shape), labels.numpy())
         save_png(out / "grid.png", class_grid(files, labels))
     if first:
@@ -157,25 +210,43 @@ def write_set(
     return path
 
 
-def _generate(
-    sampler: ImageSampler,
-    labels: Tensor,
+class NumberedFiles(Protocol):
+    """The image files of a set, by the number of the image."""
+
+    count: int
+
+    def path(self, i: int) -> StoragePath:
+        """Return the path that image i is written to."""
+        ...
+
+
+def generate_missing(
+    start: Callable[[Tensor, Tensor], Callable[[], GeneratedBatch]],
+    backend: Backend,
     missing: list[int],
-    files: ImageFiles,
+    files: NumberedFiles,
     latents: np.memmap[Any, Any] | None,
     *,
-    seed: int,
-    batch: int,
+    size: int,
     workers: int,
 ) -> None:
-    """Generate missing images round by round; all processes take part in each round."""
-    backend = sampler.backend
+    """Generate missing images round by round; all processes take part in each round.
+
+    Args:
+        start: starts the images with the given indices (B,), of which those in a mask (B,) are
+            requested, on the devices, and returns what waits for them.
+        backend: of the processes.
+        missing: indices of the images to generate.
+        files: where they are written.
+        latents: where their latents are written; None: nowhere.
+        size: images that a device generates together.
+        workers: threads per process that write PNGs.
+    """
     # An image is always generated in the same chunk, at the same row, whatever else is missing.
-    size = sampler.rows_per_device(min(batch, len(labels)))
     chunks = sorted({i // size for i in missing})
     parts = backend.mesh.batch_shards
     rounds = [chunks[k : k + parts] for k in range(0, len(chunks), parts)]
-    wanted = torch.zeros(len(labels), dtype=torch.bool)
+    wanted = torch.zeros(files.count, dtype=torch.bool)
     wanted[missing] = True
     # A CPU has computed a batch when dispatch returns. Other devices work on the next batch while
     # the previous one is written.
@@ -191,22 +262,15 @@ def _generate(
             writer.write(files.path(i), pixels)
         bar.update(count)
 
-    done = len(labels) - len(missing)
+    done = files.count - len(missing)
     quiet = backend.process_index != 0
     with (
         ImageWriter(workers) as writer,
-        progress_bar(total=len(labels), initial=done, unit="image", disable=quiet) as bar,
+        progress_bar(total=files.count, initial=done, unit="image", disable=quiet) as bar,
     ):
         for round_chunks in rounds:
             indices, requested = _round_indices(round_chunks, size, wanted, parts)
-            wait = sampler.dispatch(
-                seed,
-                indices,
-                labels[indices.long()],
-                requested,
-                keep_latents=latents is not None,
-            )
-            pending.append((wait, int(requested.sum())))
+            pending.append((start(indices, requested), int(requested.sum())))
             if len(pending) > ahead:
                 write(*pending.pop(0))
         for batch_and_count in pending:
@@ -242,7 +306,7 @@ def class_grid(files: ImageFiles, labels: Tensor) -> Pixels:
     classes = labels.unique().tolist()[:GRID_ROWS]
     members = [np.flatnonzero(labels.numpy() == c)[:GRID_COLUMNS] for c in classes]
     columns = max(len(m) for m in members)
-    rows = [[decode_png(files.read(int(i))) for i in m] for m in members]
+    rows = [[files.pixels(int(i)) for i in m] for m in members]
     blank = np.full_like(rows[0][0], 255)
     padded = [[*row, *[blank] * (columns - len(row))] for row in rows]
     images = np.stack(list(itertools.chain.from_iterable(padded)))
@@ -250,7 +314,7 @@ def class_grid(files: ImageFiles, labels: Tensor) -> Pixels:
 
 
 def _missing_images(
-    files: ImageFiles, out: Path, latents_shape: tuple[int, ...] | None
+    files: ImageFiles, out: StoragePath, latents_shape: tuple[int, ...] | None
 ) -> list[int]:
     """Return the indices of the images to generate.
 
@@ -259,16 +323,16 @@ def _missing_images(
     """
     existing = files.existing()
     if latents_shape is not None:
-        latents = _open_latents(out / LATENTS_FILE, "r")
+        latents = open_latents(Path(out / LATENTS_FILE), "r")
         existing = {i for i in existing if latents[i, 0].any()}
     return [i for i in range(files.count) if i not in existing]
 
 
-def _create_latents(path: Path, shape: tuple[int, ...]) -> None:
+def create_latents(path: Path, shape: tuple[int, ...]) -> None:
     """Create a file of zero latents, unless a complete file with this shape exists."""
     try:
         # Read-only: opened for writing, a truncated file would silently be extended with zeros.
-        latents = _open_latents(path, "r")
+        latents = open_latents(path, "r")
         if latents.shape == shape and latents.dtype == np.float32:
             return
     except (OSError, ValueError):
@@ -278,5 +342,6 @@ def _create_latents(path: Path, shape: tuple[int, ...]) -> None:
     unfinished.replace(path)
 
 
-def _open_latents(path: Path, mode: Any) -> np.memmap[Any, Any]:
+def open_latents(path: Path, mode: Any) -> np.memmap[Any, Any]:
+    """Open a file of latents as a memory-mapped array."""
     return np.lib.format.open_memmap(path, mode=mode)

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rae_xla.checkpoint.provenance import check_dit_file
@@ -17,39 +14,27 @@ from rae_xla.interop.instantiate import instantiate
 from rae_xla.models.rae import RAE
 from rae_xla.ops.random import CounterRNG
 from rae_xla.runtime import Backend, Batch
-from rae_xla.sample.images import Pixels, to_pixels
-from rae_xla.sample.rows import collect_rows, pad_rows, rows_per_device, share_rows
-from rae_xla.transport import create_transport, guided
+from rae_xla.sample.denoiser import Denoiser, Progress, StepNoise
+from rae_xla.sample.images import Pixels
+from rae_xla.sample.row_sampler import GeneratedBatch, Latents, RowSampler, part_of_progress
+from rae_xla.transport import create_transport
+
+__all__ = [
+    "GeneratedBatch",
+    "ImageSampler",
+    "Latents",
+    "Progress",
+    "StepNoise",
+    "load_sampler",
+    "make_transport",
+    "part_of_progress",
+]
 
 if TYPE_CHECKING:
     from rae_xla.config import RunConfig
-    from rae_xla.transport.guidance import Guided
-
-Progress = Callable[[int, int], None]
-"""Called with (solver steps done, solver steps in total)."""
-
-StepNoise = Callable[[int, Tensor], Tensor]
-"""(index of an SDE step, x) -> standard normal noise with the shape and device of x."""
-
-Latents = NDArray[np.float32]
 
 
-@dataclass(frozen=True)
-class GeneratedBatch:
-    """Images that this process has generated.
-
-    Attributes:
-        indices: (B,) indices of the images within the sample set.
-        pixels: (B, H, W, 3).
-        latents: (B, C, h, w), normalised, as they were decoded; None unless requested.
-    """
-
-    indices: NDArray[np.int32]
-    pixels: Pixels
-    latents: Latents | None
-
-
-class ImageSampler:
+class ImageSampler(RowSampler):
     """Generates images with a diffusion transformer in the latent space of an RAE.
 
     The noise of image ``i`` is a function of the seed and ``i``. Batch size and devices therefore
@@ -72,28 +57,21 @@ class ImageSampler:
         model: nn.Module,
         guide: nn.Module | None = None,
     ) -> None:
-        self._config, self._backend = config, backend
-        self._rae, self._model, self._guide = rae, model, guide
-        self._transport = make_transport(config)
-        self._shape = rae.latent_size
-        self._guided: Guided | None = None
-        self._steps = _CompiledSteps(backend.compile)
-        self._decode = backend.compile(self._to_pixels)
+        super().__init__(backend, rae)
+        self._config, self._model, self._guide = config, model, guide
+        self._denoiser = Denoiser(
+            config,
+            backend,
+            make_transport(config),
+            model,
+            null_label=config.misc.null_label,
+            guide=guide,
+        )
         self._noise_functions: dict[int, Callable[[Tensor, Tensor], Tensor]] = {}
 
-    @property
-    def backend(self) -> Backend:
-        """The backend that it runs on; all processes of it must sample together."""
-        return self._backend
-
-    @property
-    def latent_size(self) -> tuple[int, int, int]:
-        """Shape (C, h, w) of the latents of one image."""
-        return self._shape
-
-    def rows_per_device(self, batch: int) -> int:
-        """Return how many images each device generates together for a batch of ``batch``."""
-        return rows_per_device(self._backend, batch, tokens=self._shape[1] * self._shape[2])
+    def configured(self, config: RunConfig) -> ImageSampler:
+        """Return a sampler of the same models with other sampler and guidance settings."""
+        return ImageSampler(config, self._backend, self._rae, self._model, self._guide)
 
     def __call__(
         self, seed: int, indices: Tensor, labels: Tensor, progress: Progress | None = None
@@ -109,8 +87,8 @@ class ImageSampler:
         Returns:
             (B, H, W, 3) uint8.
         """
-        results = self._generate(seed, indices, labels, progress, keep_latents=False)
-        return results["pixels"].numpy()
+        rows = {"indices": indices, "labels": labels}
+        return self.generate_rows(seed, rows, progress)["pixels"].numpy()
 
     def with_latents(self, seed: int, indices: Tensor, labels: Tensor) -> tuple[Pixels, Latents]:
         """Generate one batch of images and return its latents too.
@@ -121,7 +99,8 @@ class ImageSampler:
             Pixels (B, H, W, 3) uint8, and the latents (B, C, h, w) float32 that they were decoded
             from, normalised.
         """
-        results = self._generate(seed, indices, labels, None, keep_latents=True)
+        rows = {"indices": indices, "labels": labels}
+        results = self.generate_rows(seed, rows, keep_latents=True)
         return results["pixels"].numpy(), results["latents"].float().numpy()
 
     def dispatch(
@@ -147,24 +126,8 @@ class ImageSampler:
         Returns:
             A function that waits for the devices and returns this process's share of the images.
         """
-        batch = self._share(indices, labels, wanted=wanted)
-        latents = self._sample_latents(seed, batch, None)
-        with self._backend.side_stream([latents, *batch.values()]):
-            results = {"pixels": self._decode(latents)}
-            results |= {name: batch[name] for name in ("indices", "wanted")}
-            results |= {"latents": latents} if keep_latents else {}
-            copies = self._backend.local_rows(results)
-
-        def wait() -> GeneratedBatch:
-            own = copies()
-            kept = own["wanted"].bool()
-            return GeneratedBatch(
-                own["indices"][kept].numpy(),
-                own["pixels"][kept].numpy(),
-                own["latents"][kept].float().numpy() if keep_latents else None,
-            )
-
-        return wait
+        rows = {"indices": indices, "labels": labels}
+        return self.start_rows(seed, rows, wanted, keep_latents=keep_latents)
 
     def denoise(
         self,
@@ -187,58 +150,7 @@ class ImageSampler:
         for module in (self._rae, self._model, self._guide):
             if module is not None:
                 module.eval()
-        if self._guided is None:
-            self._guided = self._guide_by(labels)
-        self._guided.y = labels
-        self._steps.start_batch()
-        sampler = self._config.sampler.params
-        shared: dict[str, Any] = {
-            "method": sampler.sampling_method,
-            "num_steps": sampler.num_steps,
-            "compile_step": self._steps,
-            "progress": progress,
-        }
-        if self._config.sampler.mode == "ODE":
-            return self._transport.sample_ode(
-                self._guided, noise, rtol=sampler.rtol, atol=sampler.atol, **shared
-            )
-        return self._transport.sample_sde(
-            self._guided,
-            noise,
-            diffusion_form=sampler.diffusion_form,
-            diffusion_norm=sampler.diffusion_norm,
-            last_step=sampler.last_step,
-            last_step_size=sampler.last_step_size,
-            step_noise=step_noise,
-            **shared,
-        )
-
-    def _guide_by(self, labels: Tensor) -> Guided:
-        guidance = self._config.guidance
-
-        def in_precision(module: nn.Module) -> Callable[..., Tensor]:
-            def call(*inputs: Tensor) -> Tensor:
-                with self._backend.autocast():
-                    return cast("Tensor", module(*inputs)).float()
-
-            return call
-
-        return guided(
-            in_precision(self._model),
-            labels,
-            scale=guidance.scale,
-            method=guidance.method,
-            null_label=self._config.misc.null_label,
-            guide=None if self._guide is None else in_precision(self._guide),
-            interval=(guidance.t_min, guidance.t_max),
-        )
-
-    def _to_pixels(self, latents: Tensor) -> Tensor:
-        with torch.no_grad(), self._backend.autocast():
-            return to_pixels(self._rae.decode(latents))
-
-    def _share(self, indices: Tensor, labels: Tensor, **more: Tensor) -> Batch:
-        return share_rows(self._backend, {"indices": indices, "labels": labels, **more})
+        return self._denoiser(noise, labels, step_noise, progress)
 
     @torch.no_grad()
     def _sample_latents(self, seed: int, batch: Batch, progress: Progress | None) -> Tensor:
@@ -258,61 +170,10 @@ class ImageSampler:
         if seed not in self._noise_functions:
 
             def noise(indices: Tensor, draw: Tensor) -> Tensor:
-                return CounterRNG(seed, draw, indices).normal("sampling noise", self._shape)
+                return CounterRNG(seed, draw, indices).normal("sampling noise", self.latent_size)
 
             self._noise_functions[seed] = self._backend.compile(noise)
         return self._noise_functions[seed]
-
-    def _generate(
-        self,
-        seed: int,
-        indices: Tensor,
-        labels: Tensor,
-        progress: Progress | None,
-        *,
-        keep_latents: bool,
-    ) -> dict[str, Tensor]:
-        """Generate all images, round by round, and gather them on every process."""
-        size = self.rows_per_device(len(indices)) * self._backend.mesh.batch_shards
-        rounds = list(zip(indices.split(size), labels.split(size), strict=True))
-        outputs: list[dict[str, Tensor]] = []
-        for number, (round_indices, round_labels) in enumerate(rounds):
-            batch = self._share(pad_rows(round_indices, size), pad_rows(round_labels, size))
-            latents = self._sample_latents(
-                seed, batch, part_of_progress(progress, number, len(rounds))
-            )
-            results = {"pixels": self._decode(latents)}
-            results |= {"latents": latents} if keep_latents else {}
-            gathered = collect_rows(self._backend, batch, results)
-            outputs.append({name: rows[: len(round_indices)] for name, rows in gathered.items()})
-        return {name: torch.cat([output[name] for output in outputs]) for name in outputs[0]}
-
-
-class _CompiledSteps:
-    """A ``compile_step`` that compiles during the first batch and reuses the results afterwards.
-
-    It relies on the solver to request the same steps in the same order for every batch.
-    """
-
-    def __init__(self, compile_step: Callable[[Any], Any]) -> None:
-        self._compile, self._compiled, self._requests = compile_step, list[Any](), 0
-
-    def start_batch(self) -> None:
-        """Expect the steps of a new batch, from the first."""
-        self._requests = 0
-
-    def __call__(self, step: Any) -> Any:
-        if self._requests == len(self._compiled):
-            self._compiled.append(self._compile(step))
-        self._requests += 1
-        return self._compiled[self._requests - 1]
-
-
-def part_of_progress(progress: Progress | None, number: int, count: int) -> Progress | None:
-    """Return a callback for part ``number`` of ``count`` that reports progress over all parts."""
-    if progress is None:
-        return None
-    return lambda done, total: progress(number * total + done, count * total)
 
 
 def make_transport(config: RunConfig) -> Any:
@@ -326,6 +187,8 @@ def make_transport(config: RunConfig) -> Any:
         sample_eps=params.sample_eps,
         time_dist_type=params.time_dist_type,
         time_dist_shift=config.time_dist_shift,
+        t_eps=params.t_eps,
+        truncate_times=params.truncate_times,
     )
 
 

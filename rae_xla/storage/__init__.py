@@ -4,8 +4,9 @@ A path with a scheme (``gs://bucket/folder``) is remote; any other path is local
 included. A missing file raises ``FileNotFoundError`` everywhere; any other failure is an
 ``OSError`` that names the path. The libraries for remote files are imported on first use.
 
-Implementations: ``local``, ``gcs`` (with ``gcs_client``), and ``remote`` for the other schemes of
-fsspec. ``cache`` keeps byte ranges of remote files on a local disk.
+Implementations: ``local``, ``gcs`` (with ``gcs_client``), and ``remote``, what the file systems of
+fsspec have in common; schemes other than ``gs://`` and ``file://`` are refused. ``cache`` keeps
+byte ranges of remote files on a local disk, ``staging`` writes and reads them as local copies.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import os
 from contextlib import AbstractContextManager
 from typing import BinaryIO
 
+from rae_xla.errors import UserError
 from rae_xla.storage.base import TEMPORARY_MARK, FileInfo, FileSystem
 from rae_xla.storage.gcs import GcsFiles
 from rae_xla.storage.local import LocalFiles, advise_read, is_on_local_disk
@@ -28,6 +30,7 @@ __all__ = [
     "is_folder",
     "is_local_disk",
     "is_remote",
+    "is_within",
     "join",
     "list_files",
     "list_folders",
@@ -61,6 +64,12 @@ def join(folder: str, name: str) -> str:
 def real_path(path: str) -> str:
     """Return the canonical form of ``path``: equal for all paths to the same place."""
     return path.rstrip("/") if is_remote(path) else os.path.realpath(path)
+
+
+def is_within(path: str, folder: str) -> bool:
+    """Return whether ``path`` is ``folder``, or a file or folder in it, whatever their spelling."""
+    inner, outer = real_path(path), real_path(folder)
+    return inner == outer or inner.startswith(outer.rstrip("/") + "/")
 
 
 def split(path: str) -> tuple[str, str]:
@@ -150,12 +159,14 @@ def remove(path: str) -> None:
 
 
 _LOCAL: FileSystem = LocalFiles()
-_GCS: FileSystem = GcsFiles()
-_REMOTE: FileSystem = RemoteFiles()
+_REMOTE: dict[str, FileSystem] = {"gs": GcsFiles(), "file": RemoteFiles()}
 
 
 def _file_system(path: str) -> FileSystem:
     """Return the implementation for the scheme of ``path``."""
     if not is_remote(path):
         return _LOCAL
-    return _GCS if path.startswith("gs://") else _REMOTE
+    scheme = path.partition("://")[0]
+    if scheme not in _REMOTE:
+        raise UserError(f"{path}: {scheme}:// is not supported: give a local path or gs://…")
+    return _REMOTE[scheme]

@@ -152,7 +152,7 @@ class Retrier:
         timeout of 20 seconds, that is little more than a minute.
 
         Raises:
-            OSError: the attempts took too long; its message has the last error.
+            ConnectionError: the attempts took too long; its message has the last error.
         """
         timeout = self._timeout
         start, attempts = time.monotonic(), 0
@@ -172,7 +172,7 @@ class Retrier:
                 )
                 if attempts >= 3 and elapsed + pause > 2 * timeout:
                     message = str(error) or type(error).__name__
-                    raise OSError(
+                    raise ConnectionError(
                         f"{message} (tried {attempts} times in {elapsed:.0f} s)"
                     ) from error
                 await asyncio.sleep(pause)

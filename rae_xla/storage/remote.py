@@ -1,4 +1,4 @@
-"""Remote files through fsspec: any URL scheme that fsspec supports."""
+"""Remote files through fsspec: what its file systems have in common."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 from typing import Any, BinaryIO, cast
 
+from rae_xla.errors import is_unreachable
 from rae_xla.storage.base import FileInfo
 
 READ_AHEAD = 16 << 20
@@ -109,7 +110,10 @@ class RemoteFiles:
 
 @contextlib.contextmanager
 def errors_name(path: str) -> Iterator[None]:
-    """Turn any exception of a client library into an ``OSError`` that names ``path``."""
+    """Turn any exception of a client library into an ``OSError`` that names ``path``.
+
+    It is a ``ConnectionError`` if the storage does not respond.
+    """
     try:
         yield
     except FileNotFoundError as error:
@@ -119,7 +123,9 @@ def errors_name(path: str) -> Iterator[None]:
             raise PermissionError(
                 f"{path}: {error}. Set up credentials: gcloud auth application-default login"
             ) from error
-        raise OSError(f"{path}: {str(error) or type(error).__name__}") from error
+        unreachable = isinstance(error, OSError) and is_unreachable(error)
+        kind = ConnectionError if unreachable else OSError
+        raise kind(f"{path}: {str(error) or type(error).__name__}") from error
 
 
 def _name(entry: dict[str, Any]) -> str:

@@ -11,11 +11,13 @@ from torch import Tensor
 
 from rae_xla.config import RunConfig
 from rae_xla.data.bad_samples import BadSampleLog
+from rae_xla.data.batch_builder import RowArrays
 from rae_xla.data.loader import TrainingLoader
 from rae_xla.data.mixture import Mixture
 from rae_xla.data.reader import load_sample
 from rae_xla.data.transforms import CenterCrop, make_transform
 from rae_xla.runtime import Backend, Batch
+from rae_xla.runtime.data_workers import worker_count
 from rae_xla.storage.cache import RangeCache
 
 
@@ -28,6 +30,7 @@ def open_loader(
     crop: Literal["center", "random"],
     flip: bool,
     global_batch: int,
+    row_arrays: RowArrays | None = None,
 ) -> TrainingLoader:
     """Open this process's share of the training data.
 
@@ -39,6 +42,7 @@ def open_loader(
         crop: the task's crop, ``center`` or ``random``.
         flip: whether the task mirrors half of the images.
         global_batch: images of a step, over all processes.
+        row_arrays: ``Task.row_arrays``.
     """
     data = config.data
     cache = None
@@ -52,11 +56,12 @@ def open_loader(
         transform=make_transform(crop if data.crop == "auto" else data.crop, data.image_size),
         process_index=backend.process_index,
         process_count=backend.process_count,
-        num_workers=data.num_workers,
+        num_workers=worker_count(backend, data.num_workers),
         prefetch=data.prefetch,
         flip=flip if data.flip is None else data.flip,
         cache=cache,
         bad_samples=bad_samples,
+        row_arrays=row_arrays,
     )
 
 

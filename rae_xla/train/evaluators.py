@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from rae_xla.config.validation import GEN_METRICS, RECON_METRICS
@@ -25,11 +26,12 @@ from rae_xla.evaluate.references import (
 from rae_xla.models.lpips import LPIPS, load_lpips
 from rae_xla.models.rae import RAE
 from rae_xla.runtime import Backend
+from rae_xla.runtime.data_workers import worker_count
 from rae_xla.sample.sampler import ImageSampler
 
 if TYPE_CHECKING:
     from rae_xla.config import RunConfig
-    from rae_xla.config.schema import EvalConfig
+    from rae_xla.config.training_schema import EvalConfig
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +78,7 @@ class ReconstructionEvaluator:
     ) -> None:
         assert config.eval is not None
         self._settings, self._backend = config.eval, backend
-        self._workers = config.data.num_workers
+        self._workers = worker_count(backend, config.data.num_workers)
         path = config.eval.data_path or config.data.val
         if path is None:
             raise UserError(
@@ -165,6 +167,7 @@ class GenerationEvaluator:
             config.weights.dinov2,
             backend,
             self._metrics,
+            fdr6=asdict(config.weights.fdr6),
             without=lambda others: f"eval.metrics=[{','.join(others)}] or eval=null",
         )
         self._reference = None
@@ -175,9 +178,11 @@ class GenerationEvaluator:
                 backend,
                 self._networks,
                 self._metrics,
+                name=settings.reference,
+                fdr6=settings.fdr6_reference,
                 num_images=settings.num_images,
                 batch_size=settings.batch_size,
-                num_workers=config.data.num_workers,
+                num_workers=worker_count(backend, config.data.num_workers),
             )
             logger.info("evaluation: the reference is %s", self._reference.source)
             for metric, reason in self._reference.unavailable.items():

@@ -8,11 +8,12 @@ rematerialisation computes again: by convention, model FLOPs are those that the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Collection, Hashable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -29,6 +30,12 @@ class _FakeBackend(GlobalArithmetic):
     def autocast(self) -> AbstractContextManager[Any]:
         """Return a context without effect: the precision does not change the count."""
         return nullcontext()
+
+    def apply_to_matrices(
+        self, function: Callable[[Tensor], Tensor], stack: Tensor, dimension: int | None
+    ) -> Tensor:
+        """Return the matrices: the cost of the optimizer does not depend on the images."""
+        return stack
 
 
 def count_flops(function: Callable[[], object]) -> int:
@@ -49,15 +56,15 @@ def step_flops(task: Task, step: int, image_size: int, rows: int = 1) -> float:
         task: not yet on the devices; it is not changed.
         step: all steps of a phase cost the same.
         image_size: side of an image in pixels.
-        rows: batch size to count with: at least the number of micro-batches.
+        rows: batch size to count with, rounded up to ``Task.smallest_batch``.
     """
+    rows = -(-rows // task.smallest_batch) * task.smallest_batch
     with FakeTensorMode(allow_non_fake_inputs=True):
-        state = TrainState(_trained(task.model), task.model, step)
+        trained = _trained(task.model, task.first_moment_only)
+        state = TrainState(trained, task.model, step)
         if task.disc is not None:
             state.disc = _trained(task.disc)
-        batch = {
-            "image": torch.zeros(rows, 3, image_size, image_size, dtype=torch.uint8),
-            "label": torch.zeros(rows, dtype=torch.int64),
+        batch = task.example_batch(rows, image_size) | {
             "row": torch.arange(rows, dtype=torch.int32),
             "step": torch.tensor(step, dtype=torch.int32),
         }
@@ -80,10 +87,12 @@ def phase_flops(
     return found
 
 
-def _trained(module: torch.nn.Module) -> TrainedModule:
+def _trained(module: torch.nn.Module, first_only: Collection[str] = ()) -> TrainedModule:
     trained = TrainedModule(module, {})
     for moment in MOMENTS:
         trained.moments[moment] = {
-            name: torch.zeros(parameter.shape) for name, parameter in trained.parameters().items()
+            name: torch.zeros(parameter.shape)
+            for name, parameter in trained.parameters().items()
+            if moment == MOMENTS[0] or name not in first_only
         }
     return trained

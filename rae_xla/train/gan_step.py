@@ -24,7 +24,8 @@ from rae_xla.models.rae import RAE
 from rae_xla.ops.random import CounterRNG
 from rae_xla.runtime import Backend, Batch
 from rae_xla.sample.images import to_unit
-from rae_xla.train.ema import update_ema
+from rae_xla.train.ema import update_ema, update_power_averages
+from rae_xla.train.muon import make_optimizer
 from rae_xla.train.optimizers import AdamW
 from rae_xla.train.train_step import (
     TrainStep,
@@ -166,7 +167,7 @@ class _DecoderUpdate:
         metrics = _averaged(shares, self.backend)
         metrics["train/grad_norm"], metrics["train/skipped"] = apply_gradients(
             trained,
-            AdamW.from_config(training.optimizer),
+            make_optimizer(training),
             metrics["train/loss"],
             batch["lr"],
             batch["step"],
@@ -175,6 +176,7 @@ class _DecoderUpdate:
             skip_norm=training.skip_grad_norm,
         )
         update_ema(self.state.ema, trained.module, training.ema_decay, self.backend.local_shards)
+        update_power_averages(self.state, batch["step"], self.backend)
         return metrics
 
     def _backward(self, micro_batch: _MicroBatch, share: float) -> StepMetrics:

@@ -58,7 +58,14 @@ METRICS = (
     Metric("train/disc/accuracy", "fraction", "stage 1: logits that are higher for the real image"),
     Metric("train/disc/logits_real", "", "stage 1: mean logit of real images"),
     Metric("train/disc/logits_fake", "", "stage 1: mean logit of reconstructions"),
+    Metric("train/text_loss", "", "t2i: cross-entropy of the supervised tokens"),
+    Metric("train/image_loss", "", "t2i: flow-matching loss of the images that are generated"),
+    Metric("train/token_accuracy", "fraction", "t2i: supervised tokens that are predicted"),
+    Metric("train/truncated", "fraction", "t2i: rows whose text was cut to `text_to_image.length`"),
+    Metric("train/loss/*", "", "t2i with several data sources: loss of the rows of each"),
+    Metric("train/grad_norm/*", "", "t2i: L2 norm of the gradient of each group of parameters"),
     Metric("opt/lr", "", "learning rate of the last step"),
+    Metric("opt/lr_language_model", "", "t2i: learning rate of the language model"),
     Metric("opt/disc_lr*", "", "stage 1: learning rate of the discriminator updates"),
     Metric(
         "opt/disc_count", "updates", "stage 1: discriminator updates before those of the last step"
@@ -94,6 +101,12 @@ METRICS = (
         "evaluations have their own graphs, compiled at first use. Otherwise it must not grow",
     ),
     Metric(
+        "perf/captures",
+        "count",
+        "calls of compiled functions that were traced in Python so far; two for each function, then"
+        " the compiled program is run again without tracing (XLA)",
+    ),
+    Metric(
         "perf/fallbacks",
         "operations",
         "operations that ran on the host instead of the device since the process started. It must "
@@ -114,7 +127,8 @@ METRICS = (
         "",
         "every `eval.eval_interval` steps, of the averaged weights: `eval/psnr` (dB), `eval/ssim`, "
         "`eval/lpips` and `eval/rfid` in stage 1, `eval/fid` and related metrics in stage 2: "
-        "[evaluation.md](evaluation.md)",
+        "[evaluation.md](evaluation.md); validation losses in t2i: "
+        "[text_to_image.md](text_to_image.md)",
     ),
     Metric("eval/model/*", "", "the same for the weights themselves, with `eval.eval_model=true`"),
     Metric("samples/*", "images", "every `training.sample_every` steps, also in `samples/`"),

@@ -78,7 +78,7 @@ class MetricsWindow:
     """Collects the metrics of steps on the devices and reads them when they are available.
 
     A window is read one step late: by then the next step has been dispatched, so reading does not
-    stall the devices. A step that compiles is excluded from the timing.
+    stall the devices. A step that is compiled or captured is excluded from the timing.
     """
 
     def __init__(self, cadence: Cadence, backend: Backend) -> None:
@@ -87,6 +87,7 @@ class MetricsWindow:
         self._closed: tuple[int, list[_DispatchedStep], Metrics] | None = None
         self._in_flight: deque[_DispatchedStep] = deque()
         self._timed_steps: set[int] = set()
+        self._captures = backend.captures()
         self._skipped_in_a_row = 0
         self._begin()
 
@@ -132,7 +133,9 @@ class MetricsWindow:
         self._in_flight.append(dispatched)
         self._timed += 1
         self._flops += self._cadence.global_batch * (metrics.flops_per_image or 0.0)
-        if id(metrics.step) not in self._timed_steps:  # its first call, which compiled it
+        # The first call of a step compiles it, and a captured one is also traced by the second.
+        captures, self._captures = self._captures, self._backend.captures()
+        if id(metrics.step) not in self._timed_steps or captures != self._captures:
             self._backend.synchronize()
             self._timed_steps.add(id(metrics.step))
             self._begin_timing()
@@ -148,6 +151,7 @@ class MetricsWindow:
         """
         metrics = {**scalars, "train/epoch": step / self._cadence.per_epoch} | self._performance()
         metrics["perf/compilations"] = self._backend.compilations()
+        metrics["perf/captures"] = self._backend.captures()
         metrics["perf/fallbacks"] = sum(self._backend.fallbacks().values())
         self._closed = (step, self._steps, metrics)
         self._begin()

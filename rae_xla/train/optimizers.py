@@ -1,44 +1,40 @@
-"""AdamW as one function of tensors, designed to be traced.
-
-On XLA the host traces every operation of every step while the devices compute.
-``torch.optim.AdamW`` traces about twelve operations per parameter, three of them through shape
-functions in Python: 59 ms for 90 parameters, which scales to more than a TPU needs to compute the
-382 of DiT-DH-XL. The same arithmetic in ``torch._foreach`` operations costs a fifth of that
-(``benchmarks/optimizer_trace.py``), and few kernel launches on CUDA.
-"""
+"""The optimizer of a train step: a function of tensors, without state of its own."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
+from rae_xla.errors import UserError
+from rae_xla.ops.updates import AdamWScalars, AdamWSettings, AdamWTensors, adamw_
+
 if TYPE_CHECKING:
+    from rae_xla.checkpoint.train_state import TrainedModule
     from rae_xla.config import OptimizerConfig
+    from rae_xla.runtime import Backend
 
 
 @dataclass(frozen=True)
-class AdamW:
-    """Adam with decoupled weight decay (Loshchilov and Hutter 2019), as in torch.optim.
-
-    Attributes:
-        betas: decay rates of the first and second moment.
-        eps: added to the square root of the second moment.
-        weight_decay: applied to every parameter, multiplied by the learning rate.
-    """
-
-    betas: tuple[float, float]
-    eps: float
-    weight_decay: float
+class AdamW(AdamWSettings):
+    """Adam with decoupled weight decay, as in torch.optim; see ``ops.updates``."""
 
     @classmethod
     def from_config(cls, settings: OptimizerConfig) -> AdamW:
-        """Build the optimizer that an ``optimizer`` section describes."""
+        """Build the optimizer that an ``optimizer`` section describes.
+
+        Raises:
+            UserError: it describes another one.
+        """
+        if settings.type != "adamw":
+            raise UserError(
+                f"optimizer.type {settings.type}: only the main model of stage 1 and of stage 2 "
+                "can be trained with it; leave the type out for the other networks"
+            )
         return cls(settings.betas, settings.eps, settings.weight_decay)
 
-    @torch.no_grad()
     def update(
         self,
         parameters: list[Tensor],
@@ -48,36 +44,40 @@ class AdamW:
         lr: Tensor,
         step: Tensor,
         where: Tensor,
+        factor: Tensor | None = None,
     ) -> None:
         """Update parameters and moments in place.
 
         Args:
             parameters: the trained parameters.
-            gradients: one for each parameter.
+            gradients: one for each parameter; they may be overwritten.
             first: first moments, zeros before the first step.
             second: second moments, zeros before the first step.
             lr: 0-d, the learning rate of this step.
             step: 0-d, the number of earlier steps.
             where: 0-d bool; False leaves parameters and moments unchanged, even if gradients are
                 not finite.
+            factor: 0-d, multiplies the gradients first; None for 1.
         """
-        beta1, beta2 = self.betas
-        count = step.to(torch.float32) + 1
-        # sqrt(second / bias2) + eps; bias1 and the learning rate are one factor.
-        root_bias2 = torch.sqrt(1 - beta2**count)
-        lr = torch.where(where, lr, 0.0)
-        rate = lr / (1 - beta1**count)
-        # A step is skipped through its factors, which needs no second copy of the state.
-        gradients = [torch.where(where, gradient, 0.0) for gradient in gradients]
-        torch._foreach_mul_(first, torch.where(where, beta1, 1.0))
-        torch._foreach_add_(first, gradients, alpha=1 - beta1)
-        torch._foreach_mul_(second, torch.where(where, beta2, 1.0))
-        torch._foreach_add_(second, torch._foreach_mul(gradients, gradients), alpha=1 - beta2)
-        scale = torch._foreach_sqrt(second)
-        torch._foreach_div_(scale, root_bias2)
-        torch._foreach_add_(scale, self.eps)
-        changes = torch._foreach_div(first, scale)
-        torch._foreach_mul_(changes, rate)
-        if self.weight_decay:
-            torch._foreach_mul_(parameters, 1 - lr * self.weight_decay)
-        torch._foreach_sub_(parameters, changes)
+        tensors = AdamWTensors(parameters, gradients, first, second)
+        adamw_(self, tensors, AdamWScalars(lr, step, where, factor))
+
+    def apply(
+        self,
+        trained: TrainedModule,
+        gradients: Sequence[Tensor],
+        scalars: AdamWScalars,
+        backend: Backend,
+    ) -> None:
+        """Update a module and its moments in place.
+
+        Args:
+            trained: the module.
+            gradients: of its trained parameters, in their order, sharded like them.
+            scalars: learning rate, step, whether to update, factor of the gradients.
+            backend: holds the module.
+        """
+        first, second = (backend.local_shards(list(of.values())) for of in trained.moments.values())
+        shards = backend.local_shards(list(trained.parameters().values()))
+        tensors = AdamWTensors(shards, backend.local_shards(gradients), first, second)
+        adamw_(self, tensors, scalars)

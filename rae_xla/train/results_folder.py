@@ -2,7 +2,8 @@
 
 It holds `config.yaml`, `data.txt`, `metrics.jsonl`, `environment.jsonl`, `bad_samples.jsonl`,
 `classes.json`, `samples/`, and `checkpoints/` unless `checkpoint.dir` is set. While a run is active
-it holds a lock on `.running`.
+it holds a lock on `.running`. A folder in a bucket is written through a local one, see
+`remote_results`.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from rae_xla import storage
 from rae_xla.checkpoint.manager import (
     BrokenCheckpointError,
     Checkpoint,
@@ -29,6 +32,8 @@ from rae_xla.config import RunConfig, load_config
 from rae_xla.data.class_names import record_class_names
 from rae_xla.errors import UserError
 from rae_xla.runtime import Backend
+from rae_xla.storage.staging import check_writable
+from rae_xla.train.remote_results import Mark, ResultsUpload, remote_results
 
 CONFIG_FILE = "config.yaml"
 DATA_FILE = "data.txt"
@@ -40,16 +45,80 @@ def bad_samples_file(process_index: int) -> str:
     return "bad_samples.jsonl" if process_index == 0 else f"bad_samples.{process_index}.jsonl"
 
 
-def check_folder(folder: Path, config: RunConfig, data: str) -> None:
-    """Run the checks of ``hold_folder`` and ``claim_folder`` before the devices are started.
+@dataclass(frozen=True)
+class ResultsFolder:
+    """The results folder of an active run.
+
+    Attributes:
+        location: local, or in a bucket.
+        local: where this process writes files: the folder itself, or the working folder of one in
+            a bucket.
+        upload: uploads the working folder; None for a local folder.
+    """
+
+    location: str
+    local: Path
+    upload: ResultsUpload | None = None
+
+
+def check_folder(location: str | Path, config: RunConfig, data: str) -> None:
+    """Run the checks of ``open_results`` and ``claim_folder`` before the devices are started.
 
     Raises:
         UserError: as these functions.
     """
+    if storage.is_remote(str(location)):
+        try:
+            _check_run(str(location), config, data)
+            Mark(str(location)).check_free()
+            check_writable(str(location))
+        except OSError as error:
+            raise UserError(_cannot_write(location, error)) from error
+        return
+    folder = Path(location)
     _check_run(folder, config, data)
     with suppress(OSError), (folder / RUNNING_FILE).open("r+", encoding="utf-8") as file:
         if (problem := _lock(file, folder)) is not None:
             raise UserError(problem)
+
+
+@contextmanager
+def open_results(location: str | Path, backend: Backend) -> Iterator[ResultsFolder]:
+    """Open the results folder of a run for all of its processes, within the context.
+
+    A local folder is locked (``hold_folder``), one in a bucket is marked and written through a
+    local working folder (``remote_results``).
+
+    Raises:
+        UserError: another run is active in the folder, or the folder cannot be written.
+    """
+    if not storage.is_remote(str(location)):
+        with hold_folder(Path(location), backend):
+            yield ResultsFolder(str(location), Path(location))
+        return
+    folder = str(location)
+    mark = Mark(folder) if backend.process_index == 0 else None
+    problem = _claim_mark(mark, folder) if mark is not None else ""
+    if problem := backend.all_gather_text(problem)[0]:
+        raise UserError(problem)
+    try:
+        with remote_results(folder, backend.process_index, mark) as upload:
+            yield ResultsFolder(folder, upload.working, upload)
+    finally:
+        if mark is not None:
+            with suppress(OSError):
+                mark.release()
+
+
+def _claim_mark(mark: Mark, folder: str) -> str:
+    """Claim a results folder in a bucket; returns the problem, empty if there is none."""
+    try:
+        mark.claim()
+    except OSError as error:
+        return _cannot_write(folder, error)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 @contextmanager
@@ -109,7 +178,7 @@ def _lock(file: IO[str], folder: Path) -> str | None:
 
 
 def claim_folder(
-    folder: Path, config: RunConfig, data: str, class_names: Sequence[str] = ()
+    results: ResultsFolder | Path, config: RunConfig, data: str, class_names: Sequence[str] = ()
 ) -> None:
     """Write the files that describe this run, after checking that the folder has no other run.
 
@@ -118,16 +187,27 @@ def claim_folder(
     or on another machine.
 
     Args:
-        folder: the results folder.
+        results: the results folder; a path stands for a local one.
         config: of the run.
         data: fingerprint of the training shards; it does not depend on their location.
         class_names: of the training data, by label; used when sampling from the run.
 
     Raises:
         UserError: the folder holds another run, ``checkpoint.resume`` forbids to resume, or the
-            folder cannot be written.
+            folder or that of the checkpoints cannot be written.
     """
-    _check_run(folder, config, data)
+    if isinstance(results, Path):
+        results = ResultsFolder(str(results), results)
+    folder = results.local
+    _check_run(results.location, config, data)
+    place = checkpoints_folder(config, results.location)
+    try:
+        # Now rather than when the first checkpoint is due, hours later.
+        check_writable(place)
+    except OSError as error:
+        raise UserError(
+            f"cannot write checkpoints to {place}: {error}. Correct checkpoint.dir or --results-dir"
+        ) from error
     try:
         config.save(folder / CONFIG_FILE)
         (folder / DATA_FILE).write_text(data + "\n", encoding="utf-8")
@@ -136,13 +216,14 @@ def claim_folder(
         raise UserError(_cannot_write(folder, error)) from error
 
 
-def _cannot_write(folder: Path, error: OSError) -> str:
+def _cannot_write(folder: str | Path, error: OSError) -> str:
     return f"cannot write to the results folder {folder}: {error}"
 
 
-def _check_run(folder: Path, config: RunConfig, data: str) -> None:
+def _check_run(location: str | Path, config: RunConfig, data: str) -> None:
     """Raise unless the checkpoints of the folder, if any, are those of this run."""
-    if folder.exists() and not folder.is_dir():
+    folder = str(location)
+    if storage.exists(folder) and not storage.is_folder(folder):
         raise UserError(f"--results-dir {folder} is a file: choose a folder")
     place = checkpoints_folder(config, folder)
     if checkpoints := list_checkpoints(place):
@@ -160,7 +241,9 @@ def _check_run(folder: Path, config: RunConfig, data: str) -> None:
                 f"{place} has checkpoints of this run, and checkpoint.resume is false: set it to "
                 f"true to resume, or choose {_another(config)}"
             )
-    elif old := sorted((folder / "checkpoints").glob("step-????????.pt")):
+    elif not storage.is_remote(folder) and (
+        old := sorted(Path(folder, "checkpoints").glob("step-????????.pt"))
+    ):
         raise UserError(
             f"{folder} has checkpoints of an older version, from which training cannot resume "
             f"(their weights can be loaded: stage_1.ckpt or stage_2.ckpt={old[-1]}): choose "

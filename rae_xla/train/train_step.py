@@ -10,8 +10,10 @@ from torch import Tensor
 
 from rae_xla.checkpoint.train_state import TrainedModule, TrainState
 from rae_xla.ops.random import CounterRNG
+from rae_xla.ops.updates import AdamWScalars
 from rae_xla.runtime import Backend, Batch
-from rae_xla.train.ema import update_ema
+from rae_xla.train.ema import update_ema, update_power_averages
+from rae_xla.train.muon import Muon
 from rae_xla.train.optimizers import AdamW
 
 LossFn = Callable[[Batch, CounterRNG], Tensor]
@@ -44,7 +46,7 @@ class TrainStep:
 def make_train_step(
     loss_fn: LossFn,
     state: TrainState,
-    optimizer: AdamW,
+    optimizer: AdamW | Muon,
     *,
     seed: int,
     ema_decay: float,
@@ -84,6 +86,7 @@ def make_train_step(
             state.model, optimizer, total, batch["lr"], batch["step"], backend, clip_grad, skip_norm
         )
         update_ema(state.ema, state.model.module, ema_decay, backend.local_shards)
+        update_power_averages(state, batch["step"], backend)
         return {"train/loss": total, "train/grad_norm": norm, "train/skipped": skipped}
 
     return TrainStep(step)
@@ -98,7 +101,7 @@ def clear_gradients(trained: TrainedModule) -> None:
 @torch.no_grad()
 def apply_gradients(
     trained: TrainedModule,
-    optimizer: AdamW,
+    optimizer: AdamW | Muon,
     loss: Tensor,
     lr: Tensor,
     count: Tensor,
@@ -107,6 +110,8 @@ def apply_gradients(
     skip_norm: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Update a module from its gradients, unless the loss or the gradient is not usable.
+
+    The gradients are cleared, so that no step stores them beyond its end.
 
     The update is skipped, on all devices alike, if the loss or the gradient norm is not finite or
     the norm exceeds ``skip_norm``.
@@ -130,13 +135,9 @@ def apply_gradients(
     usable = torch.isfinite(norm) & torch.isfinite(loss)
     if skip_norm is not None:
         usable = usable & (norm <= skip_norm)
-    gradients = backend.local_shards(gradients)
-    if clip_grad:
-        factor = (clip_grad / (norm + 1e-6)).clamp(max=1.0)
-        gradients = list(torch._foreach_mul(gradients, factor))
-    first, second = (backend.local_shards(list(of.values())) for of in trained.moments.values())
-    shards = backend.local_shards(parameters)
-    optimizer.update(shards, gradients, first, second, lr, count, where=usable)
+    factor = (clip_grad / (norm + 1e-6)).clamp(max=1.0) if clip_grad else None
+    optimizer.apply(trained, gradients, AdamWScalars(lr, count, usable, factor), backend)
+    clear_gradients(trained)
     return norm, (~usable).float()
 
 

@@ -26,11 +26,17 @@ from rae_xla.train.batches import host_batches, open_loader
 from rae_xla.train.cadence import make_cadence
 from rae_xla.train.callbacks import Callback, default_callbacks
 from rae_xla.train.callbacks.preemption import StopRequest
+from rae_xla.train.callbacks.results import ResultsCallback
 from rae_xla.train.callbacks.watchdog import DATA, FIRST_STEP, STARTING, STEP, Watchdog
 from rae_xla.train.consistency import check_hosts, checked_rows
 from rae_xla.train.flops import phase_flops
 from rae_xla.train.metrics_window import DeviceMetrics, Metrics, MetricsWindow
-from rae_xla.train.results_folder import bad_samples_file, claim_folder, hold_folder
+from rae_xla.train.results_folder import (
+    ResultsFolder,
+    bad_samples_file,
+    claim_folder,
+    open_results,
+)
 from rae_xla.train.rollback import SkippedStepsError, StartPoint, roll_back
 from rae_xla.train.tasks import TASKS, Task
 from rae_xla.train.tracking.tracker import Tracker
@@ -61,7 +67,7 @@ class RunContext:
         backend: holds the state and computes.
         data: the training shards.
         task_name: a key of ``TASKS``.
-        folder: the results folder.
+        results: the results folder.
         stop_request: whether the run is to stop, and why.
         watchdog: monitors the current activity of the run.
     """
@@ -70,14 +76,19 @@ class RunContext:
     backend: Backend
     data: Mixture
     task_name: str
-    folder: Path
+    results: ResultsFolder
     stop_request: StopRequest
     watchdog: Watchdog
 
     @property
+    def folder(self) -> Path:
+        """Where this process writes the files of the run; see ``ResultsFolder.local``."""
+        return self.results.local
+
+    @property
     def checkpoint_folder(self) -> str:
         """Where the checkpoints are."""
-        return checkpoints_folder(self.config, self.folder)
+        return checkpoints_folder(self.config, self.results.location)
 
     @property
     def is_main_process(self) -> bool:
@@ -140,18 +151,24 @@ class Trainer:
             crop=task_class.crop,
             flip=task_class.flip,
             global_batch=global_batch,
+            row_arrays=task_class.row_arrays(config, run.data),
         )
         self.cadence = make_cadence(config, loader.steps_per_epoch, global_batch)
         self.task: Task = task_class(config, backend, run.data, loader.steps_per_epoch)
         self.flops_per_image = self._count_flops()  # before the task is moved to the devices
-        self.state = restore(self.task, backend, start.checkpoint)
+        self.state = restore(self.task, backend, start.checkpoint, start.step)
         self.state.step = start.step
         check_hosts(backend, config, run.data, loader, start.step)
         backend.place(self.task.frozen)
         self.window = MetricsWindow(self.cadence, backend)
         self.batches = self._device_batches(loader)
+        posthoc = config.training.posthoc_ema
         self.saver = Saver(
-            run.checkpoint_folder, backend, config.checkpoint, self._checkpoint_contents
+            run.checkpoint_folder,
+            backend,
+            config.checkpoint,
+            self._checkpoint_contents,
+            keep_averages=posthoc.keep if posthoc.widths else 0,
         )
         self.callbacks = default_callbacks(self, callbacks)
         self._steps = _CompiledSteps(self.task, self.state, backend)
@@ -260,7 +277,7 @@ def train(
     backend: Backend,
     data: Mixture,
     task_name: str,
-    folder: Path,
+    folder: str | Path,
     callbacks: Sequence[Callback] = (),
 ) -> TrainResult:
     """Train a task to its end, or until the process is stopped, resuming from its checkpoints.
@@ -270,7 +287,7 @@ def train(
         backend: computes; all of its processes call this.
         data: the training shards.
         task_name: a key of ``TASKS``, such as ``stage2``.
-        folder: the results folder; it is created, and locked during the run.
+        folder: the results folder, local or ``gs://``; it is created, and locked during the run.
         callbacks: called in addition to ``default_callbacks``, again in each attempt after a
             rollback.
 
@@ -283,12 +300,14 @@ def train(
         raise UserError(f"there is no task {task_name!r}: choose one of {', '.join(TASKS)}")
     timeout = config.training.hang_timeout
     with (
-        hold_folder(folder, backend),
+        open_results(folder, backend) as results,
         StopRequest() as stop_request,
-        Watchdog(timeout, folder, backend.process_index) as watchdog,
+        Watchdog(timeout, results.local, backend.process_index) as watchdog,
     ):
-        claim_folder(folder, config, data.fingerprint, data.sources[0].class_names)
-        run = RunContext(config, backend, data, task_name, folder, stop_request, watchdog)
+        claim_folder(results, config, data.fingerprint, data.sources[0].class_names)
+        run = RunContext(config, backend, data, task_name, results, stop_request, watchdog)
+        if results.upload is not None:
+            callbacks = [*callbacks, ResultsCallback(results.upload)]
         check_shared(run.checkpoint_folder, backend)
         checkpoint = choose_checkpoint(run.checkpoint_folder, backend)
         start = StartPoint(checkpoint, checkpoint.step if checkpoint else 0)
@@ -309,6 +328,6 @@ def train(
 def _attempt(run: RunContext, start: StartPoint, callbacks: Sequence[Callback]) -> TrainResult:
     trainer = Trainer(run, start, callbacks)
     if trainer.state.step >= trainer.cadence.total:
-        logger.info("%s: already complete, %d steps", run.folder, trainer.state.step)
+        logger.info("%s: already complete, %d steps", run.results.location, trainer.state.step)
         return TrainResult(start.checkpoint)
     return trainer.fit()

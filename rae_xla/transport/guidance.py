@@ -3,7 +3,8 @@
     guided = weak + scale * (model - weak)
 
 where ``weak`` is the model with the null label (classifier-free guidance, Ho and Salimans, 2022),
-or a weaker model with the same label (autoguidance, Karras et al., 2024). Outside the interval
+or a weaker model with the same label (autoguidance, Karras et al., 2024). Internal guidance is in
+``transport.internal_guidance``. Outside the interval
 (Kynkaanniemi et al., 2024) the prediction is the model's, and ``weak`` is not computed.
 """
 
@@ -17,13 +18,14 @@ import torch
 from torch import Tensor
 
 from rae_xla.errors import UserError
+from rae_xla.transport.internal_guidance import InternallyGuided, Strength
 from rae_xla.transport.steps import ModelFn, choose
 
 # (x, t, y) -> prediction of the shape of x
 ConditionalModel = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 IMAGENET_CLASSES = 1000
-GUIDANCE_METHODS = ("cfg", "autoguidance")
+GUIDANCE_METHODS = ("cfg", "autoguidance", "internal")
 
 
 # Compared and hashed by identity, because a solver caches one compiled step per branch.
@@ -31,16 +33,18 @@ GUIDANCE_METHODS = ("cfg", "autoguidance")
 class Guided:
     """A model with bound labels and guidance, built by :func:`guided`.
 
-    ``y`` may be replaced by the labels of another batch: compiled steps of a solver stay valid.
+    ``y`` may be replaced by the labels of another batch: compiled steps of a solver stay valid. A
+    condition other than a class label, such as vectors per token, has a null tensor.
 
     A call applies guidance only to the rows whose time is in the interval, for which it has to
     read ``t`` on the host. A solver, which knows the time, gets a branch from :meth:`at` instead.
 
     Attributes:
         model: ``model(x, t, y)``.
-        y: (B,) int64 labels.
+        y: (B,) int64 labels, or (B, ...) conditions.
         scale: strength of guidance; none if at most 1.
-        null_label: label of the unconditional prediction, for classifier-free guidance.
+        null_label: label or condition of the unconditional prediction, for classifier-free
+            guidance.
         guide: the weaker model, for autoguidance.
         interval: (t_min, t_max) of shifted times, both included.
     """
@@ -48,7 +52,7 @@ class Guided:
     model: ConditionalModel
     y: Tensor
     scale: float
-    null_label: int | None
+    null_label: int | Tensor | None
     guide: ConditionalModel | None
     interval: tuple[float, float]
 
@@ -88,7 +92,7 @@ class Guided:
             # One forward pass of twice the batch. Rows alternate, so that both rows of a pair stay
             # on the same device when the batch is sharded.
             xx, tt = (torch.stack((rows, rows), dim=1).flatten(0, 1) for rows in (x, t))
-            yy = torch.stack((self.y, self._null(self.y)), dim=1).flatten()
+            yy = torch.stack((self.y, self._null(self.y)), dim=1).flatten(0, 1)
             both = self.model(xx, tt, yy)
             out, weak = both.unflatten(0, (-1, 2)).unbind(1)
         return weak + self.scale * (out - weak)
@@ -99,6 +103,8 @@ class Guided:
         return self.model(x, t, self._null(y))
 
     def _null(self, y: Tensor) -> Tensor:
+        if isinstance(self.null_label, Tensor):
+            return self.null_label.to(y.dtype).expand_as(y)
         return torch.full_like(y, self.null_label)  # type: ignore[arg-type]
 
     def _check_batch(self, x: Tensor) -> None:
@@ -112,31 +118,37 @@ def guided(
     *,
     scale: float = 1.0,
     method: str = "cfg",
-    null_label: int | None = None,
+    null_label: int | Tensor | None = None,
     guide: ConditionalModel | None = None,
     interval: tuple[float, float] = (0.0, 1.0),
-) -> Guided:
+    cfg: Strength | None = None,
+    null_scale: float | None = None,
+) -> Guided | InternallyGuided:
     """Bind labels and guidance to a model, to get a ``model_fn(x, t)`` for the samplers.
 
     Args:
-        model: ``model(x, t, y)``, in eval mode.
-        y: (B,) int64 labels.
+        model: ``model(x, t, y)``, in eval mode; for ``internal`` a model with a base head, called
+            as ``model(x, t, y, all_outputs=True)``.
+        y: (B,) int64 labels, or (B, ...) conditions.
         scale: strength of guidance; none if at most 1, whatever the method.
-        method: ``cfg`` (classifier-free guidance) or ``autoguidance``.
-        null_label: label of the unconditional prediction, for ``cfg``. By default
-            ``model.num_classes``, or ImageNet's 1000 for a model without this attribute.
+        method: ``cfg`` (classifier-free guidance), ``autoguidance`` or ``internal``.
+        null_label: label of the unconditional prediction, for ``cfg``, or a tensor that broadcasts
+            to ``y``. By default ``model.num_classes``, or ImageNet's 1000 for a model without this
+            attribute.
         guide: the weaker model, for ``autoguidance``; called with the same x, t and y.
         interval: (t_min, t_max) of *shifted* times, both included, in which guidance is applied.
+        cfg: classifier-free guidance on top of ``internal``.
+        null_scale: scale of the null prediction's internal guidance, with ``cfg``; by default
+            ``scale``.
 
     Raises:
-        UserError: if the method is unknown, the guide is missing, or the interval is empty.
+        UserError: if the method is unknown, the guide is missing, an interval is empty, or options
+            of another method are given.
     """
     method = choose("guidance method", method, GUIDANCE_METHODS)
-    if not math.isfinite(scale):
-        raise UserError(f"guidance scale must be a finite number, got {scale!r}")
-    t_min, t_max = interval
-    if not t_min < t_max:
-        raise UserError(f"guidance interval: t_min must be below t_max, got {tuple(interval)}")
+    strength = _checked(Strength(float(scale), (float(interval[0]), float(interval[1]))))
+    if method != "internal" and (cfg is not None or null_scale is not None):
+        raise UserError(f"cfg and null_scale are options of method 'internal', not of {method!r}")
     if method == "autoguidance":
         if scale > 1 and guide is None:
             raise UserError("guidance method 'autoguidance' requires a guide model; set guide=...")
@@ -144,4 +156,17 @@ def guided(
         guide = None
         if null_label is None:
             null_label = getattr(model, "num_classes", IMAGENET_CLASSES)
-    return Guided(model, y, float(scale), null_label, guide, (float(t_min), float(t_max)))
+    if method == "internal":
+        cfg = _checked(cfg or Strength())
+        return InternallyGuided(model, y, strength, null_scale, cfg, null_label)
+    return Guided(model, y, strength.scale, null_label, guide, strength.interval)
+
+
+def _checked(strength: Strength) -> Strength:
+    """Return the strength; raise ``UserError`` if its scale or interval is invalid."""
+    if not math.isfinite(strength.scale):
+        raise UserError(f"guidance scale must be a finite number, got {strength.scale!r}")
+    t_min, t_max = strength.interval
+    if not t_min < t_max:
+        raise UserError(f"guidance interval: t_min must be below t_max, got {strength.interval}")
+    return strength

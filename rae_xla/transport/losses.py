@@ -1,4 +1,4 @@
-"""Training loss of a network that predicts velocity, noise or score."""
+"""Training loss of a network that predicts velocity, noise, score or data."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from rae_xla.transport.paths import Path, expand_like
 
-PREDICTIONS = ("velocity", "noise", "score")
+PREDICTIONS = ("velocity", "noise", "score", "x")
 LOSS_WEIGHTS = ("velocity", "likelihood")
 
 
@@ -19,10 +19,12 @@ def prediction_loss(
     data: Tensor,
     noise: Tensor,
     t: Tensor,
+    t_eps: float = 0.0,
 ) -> Tensor:
     """Return the mean squared error of each sample.
 
-    Velocity prediction is not weighted. For noise and score prediction, the weight ``velocity``
+    Velocity prediction is not weighted, and data prediction (``x``) has the loss of the velocity
+    that follows from it. For noise and score prediction, the weight ``velocity``
     gives the loss of velocity prediction and ``likelihood`` that of the likelihood bound (SiT,
     table 3 and appendix). On the Linear and GVP paths the latter weight is negative, as published.
 
@@ -34,18 +36,50 @@ def prediction_loss(
         data: clean latents (B, ...).
         noise: standard normal noise (B, ...).
         t: shifted times (B,).
+        t_eps: least time that velocities are computed with, on the Linear path; see
+            :func:`velocity_from_data`. With 0, the target of velocity prediction is exact.
 
     Returns:
         (B,), in the dtype of the error.
     """
     tx = expand_like(t, data)
-    if prediction == "velocity":
+    if prediction == "x" or (prediction == "velocity" and t_eps > 0):
+        x = path.interpolate(data, noise, tx)
+        target = velocity_from_data(data, x, tx, t_eps)
+        if prediction == "x":
+            output = velocity_from_data(output, x, tx, t_eps)
+        error = (output - target) ** 2
+    elif prediction == "velocity":
         error = (output - path.velocity(data, noise, tx)) ** 2
     else:
         sigma = path.sigma(tx)
         residual = output - noise if prediction == "noise" else output * sigma + noise
         error = _weight(path, loss_weight, tx, sigma) * residual**2
     return error.flatten(1).mean(1)
+
+
+def velocity_from_data(data: Tensor, x: Tensor, t: Tensor, t_eps: float) -> Tensor:
+    """Return the velocity of the Linear path at ``x``, given the expected data.
+
+    Args:
+        data: (B, ...).
+        x: noisy latents, of the same shape.
+        t: times, in a shape that broadcasts to ``x``.
+        t_eps: the difference is divided by t, but at least by this.
+    """
+    return (x - data) / t.clamp(min=t_eps)
+
+
+def alignment_loss(projected: Tensor, features: Tensor) -> Tensor:
+    """Return the mean squared error (B,) between projected tokens and those of an encoder (REPA).
+
+    RAEv2 uses this error in place of the cosine similarity of Yu et al. 2025.
+
+    Args:
+        projected: (B, N, C).
+        features: (B, N, C), of a frozen encoder.
+    """
+    return (projected.float() - features.float()).square().flatten(1).mean(1)
 
 
 def _weight(path: Path, loss_weight: str | None, t: Tensor, sigma: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from rae_xla.transport.steps import (
     choose,
     make_clock,
     model_at,
+    on_device,
     step_for_branches,
 )
 
@@ -107,12 +108,17 @@ def fixed_step_states(
     step_for = step_for_branches(
         lambda branches: _make_step(tableau, branches, drift), compile_step
     )
-    for now, after in itertools.pairwise(grid):
-        dt = after - now
-        stage_times = [after if node == 1 else now + dt * node for node in tableau.nodes]
+    times = [_stage_times(tableau, now, after) for now, after in itertools.pairwise(grid)]
+    steps = (after - now for now, after in itertools.pairwise(grid))
+    clocks = [make_clock(of_step, dt) for of_step, dt in zip(times, steps, strict=True)]
+    for stage_times, clock in zip(times, on_device(clocks, x.device), strict=True):
         branches = tuple(model_at(model_fn, float(time)) for time in stage_times)
-        x = step_for(branches)(x, make_clock(stage_times, dt).to(x.device))
+        x = step_for(branches)(x, clock)
         yield x
+
+
+def _stage_times(tableau: Tableau, now: Tensor, after: Tensor) -> list[Tensor]:
+    return [after if node == 1 else now + (after - now) * node for node in tableau.nodes]
 
 
 def torchdiffeq_states(

@@ -26,6 +26,7 @@ from rae_xla.transport.steps import (
     choose,
     make_clock,
     model_at,
+    on_device,
     step_for_branches,
 )
 
@@ -106,10 +107,13 @@ def sde_states(
     step_for = step_for_branches(
         lambda branches: make_step(branches, fields, diffusion), compile_step
     )
-    for k, (now, after) in enumerate(itertools.pairwise(grid)):
-        stage_times = [now] if method == "euler" else [now, after]
+    pairs = list(itertools.pairwise(grid))
+    times = [[now] if method == "euler" else [now, after] for now, after in pairs]
+    clocks = [
+        make_clock(of_step, now - after) for of_step, (now, after) in zip(times, pairs, strict=True)
+    ]
+    for k, (stage_times, clock) in enumerate(zip(times, on_device(clocks, x.device), strict=True)):
         branches = tuple(model_at(model_fn, float(time)) for time in stage_times)
-        clock = make_clock(stage_times, now - after).to(x.device)
         x = step_for(branches)(x, step_noise(k, x), clock)
         yield x
 
@@ -165,7 +169,8 @@ def take_last_step(
         return x_next.to(x.dtype)
 
     step = last_step if compile_step is None else compile_step(last_step)
-    return step(x, make_clock([torch.tensor(last.time)], torch.tensor(last.size)).to(x.device))
+    clock = make_clock([torch.tensor(last.time)], torch.tensor(last.size))
+    return step(x, *on_device([clock], x.device))
 
 
 def noise_from_generator(generator: torch.Generator | None) -> StepNoise:

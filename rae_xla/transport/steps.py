@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rae_xla.errors import UserError
+from rae_xla.ops.dispatch import requires_static_graph
 
 # (x (B, ...), t (B,)) -> prediction of the shape of x
 ModelFn = Callable[[Tensor, Tensor], Tensor]
@@ -52,6 +53,23 @@ def step_for_branches(
 def make_clock(stage_times: Sequence[Tensor], dt: Tensor) -> Tensor:
     """Return the clock of one step: the stage times and the step size, float32 on the CPU."""
     return torch.stack([*stage_times, dt]).float()
+
+
+def on_device(clocks: Sequence[Tensor], device: torch.device) -> Iterator[Tensor]:
+    """Yield the clocks of all steps on the device, in order.
+
+    All at once: each copy from the CPU makes the host wait until the device has finished all its
+    work, so that it could not run ahead of it. On XLA, where a copy waits for nothing, a clock must
+    be an input of the step's graph rather than a part of a larger tensor.
+
+    Args:
+        clocks: of one length, on the CPU.
+        device: of the state.
+    """
+    if requires_static_graph(device):
+        yield from (clock.to(device) for clock in clocks)
+    else:
+        yield from torch.stack(list(clocks)).to(device)
 
 
 def last_state(states: Iterator[Tensor], total: int, progress: Progress | None) -> Tensor:

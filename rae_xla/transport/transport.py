@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from rae_xla.errors import UserError
 from rae_xla.transport import ode, sde
-from rae_xla.transport.losses import prediction_loss
+from rae_xla.transport.losses import prediction_loss, velocity_from_data
 from rae_xla.transport.paths import Path, expand_like
 from rae_xla.transport.steps import (
     CompileStep,
@@ -38,12 +39,14 @@ class Transport:
 
     Attributes:
         path: the probability path.
-        prediction: what the network predicts: ``velocity``, ``noise`` or ``score``.
+        prediction: what the network predicts: ``velocity``, ``noise``, ``score`` or ``x`` (data).
         loss_weight: see :func:`losses.prediction_loss`.
         train_eps: distance of training times from the ends of the interval.
         sample_eps: the same for sampling; None if it was not given.
         time_distribution: distribution of the unshifted training times.
         time_dist_shift: the time shift.
+        t_eps: see :func:`losses.velocity_from_data`.
+        truncate_times: whether training times exclude pure noise.
     """
 
     path: Path
@@ -53,10 +56,14 @@ class Transport:
     sample_eps: float | None
     time_distribution: TimeDistribution
     time_dist_shift: float
+    t_eps: float = 0.0
+    truncate_times: bool = True
 
     @property
     def train_interval(self) -> tuple[float, float]:
         """The interval of the unshifted training times."""
+        if not self.truncate_times and self._is_finite_at_data:
+            return 0.0, 1.0
         return self._interval(self.train_eps)
 
     @property
@@ -67,7 +74,7 @@ class Transport:
     def sde_interval(self, diffusion_form: str, last_step_size: float) -> tuple[float, float]:
         """Return the interval of ``1 - t``, unshifted, of the SDE before its last step."""
         starts_at_noise = self.path.name == "VP" or (
-            self.prediction == "velocity" and diffusion_form.lower() != "sbdm"
+            self._is_finite_at_data and diffusion_form.lower() != "sbdm"
         )
         start = 0.0 if starts_at_noise else self._required_sample_eps()
         return start, 1 - (last_step_size if last_step_size > 0 else self._required_sample_eps())
@@ -109,15 +116,45 @@ class Transport:
             noise = torch.randn_like(data)
         if t is None:
             t = self.sample_times(torch.rand(data.shape[0], device=data.device))
-        x_t = self.path.interpolate(data, noise, expand_like(t, data))
-        pred = model(x_t, t, **(model_kwargs or {}))
-        loss = prediction_loss(self.path, self.prediction, self.loss_weight, pred, data, noise, t)
-        return {"loss": loss, "pred": pred}
+        pred = model(self.interpolate(data, noise, t), t, **(model_kwargs or {}))
+        return {"loss": self.output_loss(pred, data, noise, t), "pred": pred}
 
-    def time_grid(self, num_steps: int) -> Tensor:
-        """Return the times of an ODE sampler: (num_steps,), decreasing, float32 on the CPU."""
+    def interpolate(self, data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Return the noisy latents (B, ...) at shifted times ``t`` (B,)."""
+        return self.path.interpolate(data, noise, expand_like(t, data))
+
+    def output_loss(self, output: Tensor, data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Return the loss (B,) of a network's output at ``interpolate(data, noise, t)``."""
+        return prediction_loss(
+            self.path, self.prediction, self.loss_weight, output, data, noise, t, self.t_eps
+        )
+
+    def time_grid(self, num_steps: int, end: float | None = None) -> Tensor:
+        """Return the times of an ODE sampler, decreasing, float32 on the CPU.
+
+        Args:
+            num_steps: number of times.
+            end: the last time, unshifted. There is then one more time, so that a method with one
+                evaluation per step makes ``num_steps`` evaluations.
+
+        Returns:
+            (num_steps,), or (num_steps + 1,) with ``end``.
+
+        Raises:
+            UserError: the network's velocity is not finite at ``end``.
+        """
         require_steps(num_steps, minimum=1)
-        return time_grid(self.ode_interval, num_steps, self.time_dist_shift)
+        start, default_end = self.ode_interval
+        if end is None:
+            return time_grid((start, default_end), num_steps, self.time_dist_shift)
+        if not 0 <= end < 1:
+            raise UserError(f"end: expected a time from 0 to below 1, got {end!r}")
+        if not self._is_finite_at_data and 1 - end > default_end:
+            raise UserError(
+                f"end: {self.prediction} prediction on the {self.path.name} path has no finite "
+                f"velocity at {end:g}: leave it out, or give at least {1 - default_end:g}"
+            )
+        return time_grid((start, 1 - end), num_steps + 1, self.time_dist_shift)
 
     @torch.no_grad()
     def sample_ode(
@@ -127,6 +164,7 @@ class Transport:
         method: str = "euler",
         num_steps: int = 50,
         *,
+        end: float | None = None,
         rtol: float = 1e-3,
         atol: float = 1e-6,
         compile_step: CompileStep | None = None,
@@ -138,9 +176,12 @@ class Transport:
             model_fn: ``model_fn(x, t)`` with t of shape (B,), such as :func:`guided` returns.
             noise: (B, ...) standard normal, on the device to sample on.
             method: a fixed-step method (``ode.FIXED_STEP``) or, except on XLA, any method of
-                torchdiffeq.
+                torchdiffeq. With data prediction the last step is Euler's if it ends below
+                ``t_eps``, and other methods than fixed-step ones cannot end there.
             num_steps: the number of grid *points*, as published: Euler takes ``num_steps - 1``
-                steps with one evaluation each. The last point is slightly before t = 0.
+                steps with one evaluation each. The last point is slightly before t = 0. With
+                ``end`` it is the number of steps.
+            end: unshifted time at which sampling ends, such as 0 (RAEv2).
             rtol: relative tolerance of the adaptive methods.
             atol: absolute tolerance of the adaptive methods.
             compile_step: wraps the function of one step, so that a backend compiles it once.
@@ -156,10 +197,19 @@ class Transport:
                 required but None.
         """
         method = ode.ode_method(method, noise.device)
-        grid = self.time_grid(num_steps)
-        if num_steps == 1:
+        grid = self.time_grid(num_steps, end)
+        if len(grid) == 1:
             return noise
+        # Below t_eps the velocity of data prediction is not that of the path: Euler's step, which
+        # evaluates its start alone, is exact there, and the last one ends at the predicted data.
+        ends_with_euler = self.prediction == "x" and float(grid[-1]) < self.t_eps
         if method not in ode.FIXED_STEP:
+            if ends_with_euler:
+                raise UserError(
+                    f"method: {method} evaluates data prediction down to t = {float(grid[-1]):g}, "
+                    f"below its t_eps {self.t_eps:g}; choose a fixed-step method "
+                    f"({', '.join(ode.FIXED_STEP)}), whose last step is then Euler's"
+                )
             # Adaptive methods choose their own steps between the ends of the grid.
             points = grid if method in ode.MULTISTEP else grid[[0, -1]]
             x = ode.torchdiffeq_states(
@@ -168,10 +218,18 @@ class Transport:
             if progress is not None:
                 progress(1, 1)
             return x
-        states = ode.fixed_step_states(
-            model_fn, self._velocity, noise, grid, method, compile_step=compile_step
-        )
-        return last_state(states, num_steps - 1, progress)
+        solve = partial(ode.fixed_step_states, model_fn, self._velocity, compile_step=compile_step)
+
+        def states() -> Iterator[Tensor]:
+            if method == "euler" or not ends_with_euler:
+                yield from solve(noise, grid, method)
+                return
+            x = noise
+            for x in solve(noise, grid[:-1], method):
+                yield x
+            yield from solve(x, grid[-2:], "euler")
+
+        return last_state(states(), len(grid) - 1, progress)
 
     @torch.no_grad()
     def sample_sde(
@@ -253,12 +311,17 @@ class Transport:
 
     def _velocity(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
         """Return the probability-flow velocity, given the network's output."""
-        return output if self.prediction == "velocity" else self._fields(output, x, t)[0]
+        if self.prediction == "velocity":
+            return output
+        if self.prediction == "x":
+            return velocity_from_data(output, x, expand_like(t, x), self.t_eps)
+        return self._fields(output, x, t)[0]
 
     def _fields(self, output: Tensor, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return velocity and score, given the network's output."""
         tx = expand_like(t, x)
-        if self.prediction == "velocity":
+        if self.prediction in ("velocity", "x"):
+            output = self._velocity(output, x, t)
             return output, self.path.score_from_velocity(output, x, tx)
         score = output if self.prediction == "score" else self.path.score_from_noise(output, tx)
         return self.path.velocity_from_score(score, x, tx), score
@@ -266,9 +329,14 @@ class Transport:
     def _interval(self, eps: float) -> tuple[float, float]:
         if self.path.name == "VP":
             return 0.0, 1 - eps
-        if self.prediction == "velocity":
+        if self._is_finite_at_data:
             return 0.0, VELOCITY_END
         return eps, 1 - eps
+
+    @property
+    def _is_finite_at_data(self) -> bool:
+        """Whether the network's velocity is finite at t = 0."""
+        return self.path.name != "VP" and self.prediction in ("velocity", "x")
 
     def _required_sample_eps(self) -> float:
         if self.sample_eps is None:

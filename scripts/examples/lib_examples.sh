@@ -30,12 +30,12 @@ begin() {
     settings+=("$@")
 }
 
-# published FILE...: download files of nyu-visionx/RAE-collections to models/, as the configs expect.
+# published FILE...: download files of $repository to models/, as the configs expect.
 published() {
     local file
     for file; do
         $smoke || [[ -e models/$file ]] ||
-            hf download nyu-visionx/RAE-collections "$file" --local-dir models
+            hf download "${repository:-nyu-visionx/RAE-collections}" "$file" --local-dir models
     done
 }
 

@@ -39,7 +39,13 @@ REGISTERS = 4
 
 
 def build_encoder(
-    image_size: int, *, hidden_size: int = 64, depth: int = 2, heads: int = 4
+    image_size: int,
+    *,
+    patch_size: int = PATCH_SIZE,
+    hidden_size: int = 64,
+    depth: int = 2,
+    heads: int = 4,
+    mlp_ratio: int = 2,
 ) -> Dinov2WithRegistersModel:
     """Return an untrained encoder whose final LayerNorm has a fixed identity affine part.
 
@@ -47,11 +53,11 @@ def build_encoder(
     """
     config = Dinov2WithRegistersConfig(
         image_size=image_size,
-        patch_size=PATCH_SIZE,
+        patch_size=patch_size,
         hidden_size=hidden_size,
         num_hidden_layers=depth,
         num_attention_heads=heads,
-        mlp_ratio=2,
+        mlp_ratio=mlp_ratio,
         num_register_tokens=REGISTERS,
         # DINOv2 damps deep stacks with a small LayerScale; a few layers learn faster without.
         layerscale_value=1.0,
@@ -75,9 +81,9 @@ class Objectives(nn.Module):
         return self.pixels(tokens), self.classes(tokens.mean(1))
 
 
-def patches_of(pixels: Tensor) -> Tensor:
-    """Cut images (B, 3, H, W) into row-major patches (B, N, 3 * 8 * 8)."""
-    return F.unfold(pixels, PATCH_SIZE, stride=PATCH_SIZE).transpose(1, 2)
+def patches_of(pixels: Tensor, size: int = PATCH_SIZE) -> Tensor:
+    """Cut images (B, 3, H, W) into row-major patches (B, N, 3 * size * size)."""
+    return F.unfold(pixels, size, stride=size).transpose(1, 2)
 
 
 def shift(pixels: Tensor, most: int) -> Tensor:

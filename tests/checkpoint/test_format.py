@@ -15,7 +15,7 @@ import torch.distributed.checkpoint as dcp
 from rae_xla.checkpoint.format import Folder
 from rae_xla.checkpoint.reader import load, stored_tensors
 from rae_xla.checkpoint.writer import SaveError, save
-from rae_xla.runtime.snapshot import HostShard, HostTensor
+from rae_xla.runtime.snapshot import HostPart, HostShard, HostTensor
 
 pytestmark = pytest.mark.slow
 
@@ -49,6 +49,25 @@ def test_parts_are_written_and_read_separately(tmp_path):
     load(tensors, Folder(str(tmp_path)))
     assert tensors["ema/count"] == 3
     assert torch.equal(tensors["ema/b"], SNAPSHOT["ema/b"].shards[0].data)
+
+
+def test_a_process_reads_only_the_shards_that_it_needs(tmp_path, monkeypatch):
+    write(tmp_path)
+    read, read_range = [], Folder.read_range
+
+    def counted(self, name, start, length):
+        content = read_range(self, name, start, length)
+        read.append(name)
+        return content
+
+    monkeypatch.setattr(Folder, "read_range", counted)
+    for part, shards in ((HostPart(0, 4, 6), 1), (HostPart(0, 0, 3), 1), (HostPart(1, 0, 2), 2)):
+        read.clear()
+        tensors = {"model/w": torch.full((6, 4), torch.nan)}
+        load(tensors, Folder(str(tmp_path)), {"model/w": part})
+        assert len(read) == shards
+        narrow = part.dimension, part.start, part.stop - part.start
+        assert torch.equal(tensors["model/w"].narrow(*narrow), W.narrow(*narrow))
 
 
 def test_only_the_elements_of_a_view_are_written(tmp_path):
@@ -110,7 +129,7 @@ import json, sys
 import torch
 from rae_xla.checkpoint.format import Folder
 from rae_xla.checkpoint.writer import SaveError, save
-from rae_xla.runtime.process_group import join_hosts, new_gloo_group
+from rae_xla.runtime.process_group import join_hosts, leave, new_gloo_group
 from rae_xla.runtime.snapshot import HostShard, HostTensor
 
 rank, folder = int(sys.argv[1]), sys.argv[2]
@@ -142,6 +161,8 @@ def try_to_save(files):
 try_to_save(Broken(folder))
 try_to_save(Folder(folder))
 print(json.dumps(events))
+del group
+leave()
 """
 
 

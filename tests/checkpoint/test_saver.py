@@ -1,5 +1,6 @@
 """Asynchronous saving: retention, retries, and training that does not wait for the storage."""
 
+import threading
 import time
 from dataclasses import replace
 
@@ -18,6 +19,7 @@ from rae_xla.checkpoint.manager import (
 from rae_xla.checkpoint.tensors import read_parts
 from rae_xla.checkpoint.train_state import make_state
 from rae_xla.config import CheckpointConfig
+from rae_xla.runtime import waiting
 
 pytestmark = pytest.mark.slow
 
@@ -107,8 +109,10 @@ def test_training_continues_during_a_save(storage_server, run_folder, monkeypatc
     assert warning.startswith("step 20: no checkpoint")
     assert "checkpoint.every_steps" in warning
     assert saver.take_metrics().keys() == {"ckpt/blocked_seconds"}
-    storage_server.clear_faults()
+    monkeypatch.setattr(waiting, "FIRST_NOTICE", 0.05)
+    threading.Timer(0.5, storage_server.clear_faults).start()
     saver.wait()
+    assert f"waiting until the checkpoint that is being written to {run_folder}" in caplog.text
     [checkpoint] = list_checkpoints(run_folder)
     assert checkpoint.step == 10
     found = read_parts(checkpoint, ["model"])["model"]

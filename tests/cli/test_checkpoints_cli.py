@@ -38,7 +38,9 @@ def test_list_and_verify(run, capsys):
     assert [line.endswith(": intact, 6 files") for line in out] == [True, True, False]
     assert "ema-0.distcp" in out[2]
     assert "checksum" in out[2]
+    (run / "checkpoints/step-00000020/notes.txt").touch()
     assert cli.main(["checkpoints", "verify", str(run / "checkpoints/step-00000020")]) == 0
+    assert "intact, 6 files; not listed, so not verified: notes.txt" in capsys.readouterr().out
 
 
 def test_export_writes_one_file_in_the_published_layout(run, tmp_path):

@@ -182,7 +182,7 @@ def test_a_closed_pipe_is_not_an_error(body):
 @pytest.mark.parametrize(
     "command",
     [
-        ("evaluate", "recon", "--config", "c.yaml", "--out"),
+        ("evaluate", "recon", "--config", "configs/quickstart/stage1.yaml", "--out"),
         ("checkpoints", "export", "run", "--what", "decoder", "--out"),
         ("stats", "--config", "configs/quickstart/stage1.yaml", "--data", "s", "--out"),
     ],
@@ -193,7 +193,10 @@ def test_an_output_that_cannot_be_written_is_reported_before_the_work(
 ):
     monkeypatch.chdir(Path(__file__).parents[2])
     (tmp_path / "file").touch()
-    for out, message in ((tmp_path, "is a folder"), (tmp_path / "file/x", "cannot create")):
+    for out, message in (
+        (tmp_path, "is a folder"),
+        (tmp_path / "file/x", "cannot write to the folder"),
+    ):
         assert cli.main([*command, str(out)]) == 2
         error = capsys.readouterr().err
         assert error.startswith("rae-xla: error: --out")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+from tiny_captions import make_config
 
 from rae_xla.cli.main import main
 
@@ -48,6 +49,13 @@ def test_a_plan_of_stage_1(config, capsys):
     assert "M parameters trained" in capsys.readouterr().out
 
 
+def test_a_plan_of_text_to_image(tmp_path, capsys):
+    file = make_config(tmp_path, "no/such/shards")
+    settings = ("text_to_image.row_pattern=[2,1]", "training.grad_accum_steps=2")
+    assert plan(file, *TOPOLOGY, *settings) == 0  # the file has the section
+    assert "M parameters trained" in capsys.readouterr().out
+
+
 def test_a_sweep_prints_a_table(config, tmp_path, capsys):
     out = tmp_path / "plan.json"
     assert plan(config, "--sweep", "--json", out, "training.global_batch_size=16") == 0
@@ -77,6 +85,7 @@ def test_images_of_the_shards_are_counted(config, tmp_path):
         (("--topology", "v6e-4", "mesh.ici.fsdp=3"), "does not match the 4 devices"),
         (("--topology", "v6e-4", "--images", "0"), "--images 0: "),
         (("--topology", "v6e-4", "--price", "-1"), "--price -1: "),
+        (("--topology", "v6e-4", "--batch", "8,-1"), "--batch 8,-1: expected a number"),
         (("--topology", "v6e-4", "--stage", "stage1", "stage_1=null"), "stage_1"),
     ],
 )

@@ -1,15 +1,17 @@
 """``rae-xla shards``: sub-commands, options and output."""
 
 import argparse
+import io
 import os
 import tarfile
 
 import numpy as np
 import pytest
 from foreign_tars import write_imagenet
-from PIL import Image
+from PIL import ExifTags, Image
 
 from rae_xla.cli import shards
+from rae_xla.data.reader import read_image
 from rae_xla.data.shards.index import open_index
 from rae_xla.errors import UserError
 
@@ -74,7 +76,7 @@ def test_bad_input_is_one_error(tmp_path, images):
     with pytest.raises(UserError, match="nowhere: no such file or folder"):
         _run("make", tmp_path / "nowhere", tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    with pytest.raises(UserError, match="--image-size is 0"):
+    with pytest.raises(UserError, match="--image-size 0: expected"):
         _run("make", images, tmp_path / "out", "--image-size", 0)
     with pytest.raises(UserError, match="nowhere: no such folder"):
         _run("verify", tmp_path / "nowhere")
@@ -92,6 +94,18 @@ def test_sizes(text, size):
 def test_invalid_sizes(text):
     with pytest.raises(argparse.ArgumentTypeError, match="not a size"):
         shards.parse_bytes(text)
+
+
+@pytest.mark.parametrize("text", ["0MB", "0.1", "9999GB", "9" * 400])
+def test_sizes_that_no_shard_has(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="from 1 byte to 1 TB"):
+        shards.parse_bytes(text)
+
+
+def test_shards_are_not_written_into_their_source(tmp_path, images):
+    with pytest.raises(UserError, match="give a folder outside of it"):
+        _run("make", images, images / "shards")
+    assert not (images / "shards").exists()
 
 
 def test_index_verify_and_stats_of_the_public_imagenet_layout(tmp_path, capsys):
@@ -126,16 +140,46 @@ def test_the_options_of_make(tmp_path, images):
         assert tar.getnames()[0] == "000000000.jpg"
     for options, message in [
         (("--resize", "adm"), "--resize adm has no effect without --image-size"),
-        (("--quality", 0), "--quality is 0"),
-        (("--workers", 0), "--workers is 0"),
-        (("--classes", tmp_path / "nowhere"), "nowhere: no such text file"),
+        (("--quality", 0), "--quality 0: expected"),
+        (("--workers", 0), "--workers 0: expected"),
+        (("--classes", tmp_path / "nowhere"), "nowhere: no such file"),
     ]:
         with pytest.raises(UserError, match=message):
             _run("make", images, tmp_path / "x", *options)
     assert not (tmp_path / "x").exists()
     for command in ("index", "verify"):
-        with pytest.raises(UserError, match="--workers is 0"):
+        with pytest.raises(UserError, match="--workers 0: expected"):
             _run(command, tmp_path / "out", "--workers", 0)
     # Checked before the source is opened.
     with pytest.raises(UserError, match="has finished shards already"):
         _run("make", tmp_path / "nowhere", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        (
+            "a.avif",
+            b"x",
+            r"d/cat/a\.avif: not a readable image \(it is damaged, or not in a format",
+        ),
+        ("a.jpg", b"", r"e/cat/a\.jpg: not a readable image \(the file is empty\)"),
+    ],
+)
+def test_messages_say_what_is_there(tmp_path, images, file, content, message):
+    folder = images.rename(tmp_path / message[0])
+    (folder / "cat").mkdir()
+    (folder / "cat" / file).write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        _run("make", folder, tmp_path / "out")
+    assert "0x" not in str(caught.value)
+
+
+def test_phone_images_are_made_upright(tmp_path, images, capsys):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.new("RGB", (24, 20)).save(images / "ant" / "phone.jpg", exif=exif)
+    _run("make", images, tmp_path / "out", "--upright")
+    index = open_index(str(tmp_path / "out"))
+    sizes = [Image.open(io.BytesIO(read_image(index, i))).size for i in range(len(index))]
+    assert sorted(sizes)[0] == (20, 24)

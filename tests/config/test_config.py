@@ -177,7 +177,9 @@ def test_legacy_spellings_of_the_optimizer(write):
     assert (optimizer.betas, optimizer.weight_decay) == ((0.9, 0.9), 0.1)
     path = write("training: {base_lr: 1.0e-3, optimizer: {lr: 5.0e-4}}")
     assert load_config(path).training.optimizer.lr == 5e-4  # the current name wins
-    assert "AdamW is the only" in load_error(write("training: {optimizer: {type: sgd}}"))
+    assert "expected one of adamw, muon, got 'sgd'" in load_error(
+        write("training: {optimizer: {type: sgd}}")
+    )
 
 
 def test_contradictory_legacy_spellings_are_rejected(write):
@@ -344,6 +346,32 @@ def test_targets(override, reason):
     assert reason in message
 
 
+@pytest.mark.parametrize(
+    ("training", "every_steps", "epochs_between"),
+    [
+        ("epochs: 16, checkpoint_interval: 5000, sample_interval: 0", 5000, 4),
+        ("epochs: 16, checkpoint_interval: 10, sample_interval: 0", 10, 4),
+        ("epochs: 16, checkpoint_interval: 5000, sample_every: 0", 5000, 4),
+        ("epochs: 16, checkpoint_interval: 20", None, 20),
+        ("epochs: 1400, checkpoint_interval: 200", None, 200),
+        ("checkpoint_interval: 5000", None, 5000),
+    ],
+)
+def test_an_interval_that_counts_steps(training, every_steps, epochs_between, write, caplog):
+    """The branches XLA and deprecated-gpu of the published code count steps."""
+    config = load_config(write(f"training: {{{training}}}"))
+    assert config.checkpoint.every_steps == every_steps
+    assert config.training.checkpoint_interval == epochs_between
+    assert ("is read as checkpoint.every_steps" in caplog.text) == (every_steps is not None)
+    if "sample_" in training:
+        assert config.training.sample_every == 0
+
+
+def test_a_shorter_run_on_the_command_line_does_not_change_the_unit():
+    config = load_config(STAGE_2, ["training.epochs=1"])
+    assert config.checkpoint.every_steps is None
+
+
 # Contradictory settings
 
 
@@ -363,16 +391,18 @@ def test_targets(override, reason):
         (["misc.null_label=999"], "write 1000"),
         (["stage_2.params.num_classes=10"], "stage_2.params.num_classes is 10"),
         (["guidance.t_min=0.5", "guidance.t_max=0.5"], "t_min < t_max"),
-        (["guidance.t_max=1.5"], "t_max <= 1"),
+        (["guidance.t_max=1.5"], "expected a number of at least 0 and at most 1, got 1.5"),
         (["guidance.method=autoguidance"], "needs a weaker model"),
         (["guidance.scale=2", "stage_2.params.class_dropout_prob=0"], "class_dropout_prob 0"),
-        (["training.epochs=0"], "expected a number above 0, got 0"),
-        (["training.steps=-1"], "expected a number above 0, got -1"),
-        (["training.ema_decay=1"], "0 <= decay < 1"),
+        (["training.epochs=0"], "expected a number of at least 1, got 0"),
+        (["training.steps=-1"], "expected a number of at least 1, got -1"),
+        (["training.ema_decay=1"], "expected a number of at least 0 and below 1, got 1.0"),
         (["training.grad_accum_steps=3"], "3 does not divide training.global_batch_size 1024"),
         (["mesh.ici.data=-1"], "only one of mesh.ici.data and mesh.ici.fsdp"),
-        (["mesh.ici.data=0"], "expected a number of devices or -1"),
-        (["mesh.dcn.data=-1"], "expected 1 or more, got -1"),
+        (["mesh.ici.data=0"], "expected a number of at least 1, or -1, got 0"),
+        (["mesh.dcn.data=-1"], "expected a number of at least 1, got -1"),
+        (["stage_2.params.num_heads=[7,16]"], "a multiple of stage_2.params.num_heads 7, got 1152"),
+        (["stage_2.params.patch_size=3"], "a multiple of stage_2.params.patch_size 3, got 16"),
         (["mesh.ici.tensor=3"], "3 does not divide stage_2.params.hidden_size [1152, 2048]"),
         (["runtime.precision=fp16"], "write bf16, or fp32"),
         (["sampler.params.reverse=true"], "only false is supported"),

@@ -118,6 +118,8 @@ def test_bad_input(mixture, tmp_path):
         open_training_data([folders[0], os.path.join(folders[0], "index.json")])
     with pytest.raises(UserError, match=f"{folders[1]} gives it no row in a batch of 16"):
         Mixture(mixture.sources, (1000, 1)).rows_per_source(16)
+    with pytest.raises(UserError, match=f"{folders[1]}: 60 samples, fewer than its 80 rows of 160"):
+        Mixture(mixture.sources, (1, 1)).source_rows(160, 0, True)
     with pytest.raises(UserError, match="no such folder"):
         open_training_data([folders[0], os.path.join(folders[0], "nowhere")])
     with pytest.raises(UserError, match="label 4"):

@@ -46,7 +46,7 @@ def resident_bytes(pid):
 
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize(
-    ("steps", "warm_up"), [(2_000, 500), pytest.param(10_000, 2_000, marks=pytest.mark.nightly)]
+    ("steps", "warm_up"), [(1_200, 400), pytest.param(10_000, 2_000, marks=pytest.mark.nightly)]
 )
 def test_batches_and_memory_over_many_steps(gcs, bucket, tmp_path, monkeypatch, steps, warm_up):
     monkeypatch.setenv("RAE_XLA_GCS_TIMEOUT", "1")

@@ -19,10 +19,10 @@ pytestmark = pytest.mark.slow
 
 BATCH, STEPS = 32, 7  # past the end of the first epoch
 
-FEW = [(1, 1), (2, 4), (8, 1)]
+FEW = {"disk": [(1, 1), (2, 4), (8, 1)], "bucket": [(1, 1), (2, 4)]}
 MANY = [(hosts, workers) for hosts in (1, 2, 4, 8) for workers in (1, 2, 4)]
 CASES = [
-    pytest.param(storage, *pair, marks=[] if pair in FEW else pytest.mark.nightly)
+    pytest.param(storage, *pair, marks=[] if pair in FEW[storage] else pytest.mark.nightly)
     for storage in ("disk", "bucket")
     for pair in MANY
 ]

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from evaluation_host import Host, on_hosts
+from pod_topologies import HYBRID, OWNERS
 from torch import nn
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_isc import isc_features_to_metric
@@ -119,6 +120,20 @@ def test_metrics_do_not_depend_on_batch_devices_or_processes(
     reports = on_hosts(processes, devices, work)
     [(_, metrics)] = reports[0].sets
     assert metrics == pytest.approx(expected_report.sets[0][1], rel=1e-6)
+    assert all(report.describe() == reports[0].describe() for report in reports)
+
+
+@pytest.mark.parametrize(
+    "owners", [OWNERS["v5e:4x4"], HYBRID, (1, 0, 1, 0)], ids=["v5e:4x4", "hybrid", "alternating"]
+)
+def test_metrics_do_not_depend_on_the_order_of_the_devices(files, expected_report, owners):
+    """The rows of a process are not consecutive on the devices of a pod."""
+
+    def work(host):
+        return evaluate([files["a"]], files["reference"], host)
+
+    reports = on_hosts(max(owners) + 1, len(owners), work, owners)
+    assert reports[0].sets[0][1] == pytest.approx(expected_report.sets[0][1], rel=1e-6)
     assert all(report.describe() == reports[0].describe() for report in reports)
 
 

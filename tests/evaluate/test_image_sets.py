@@ -2,18 +2,24 @@
 
 import io
 import json
+import os
 import tarfile
+import zipfile
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
+from rae_xla.config.paths import StoragePath
 from rae_xla.data.shards.index import open_index
 from rae_xla.data.shards.sources import array_source
 from rae_xla.data.shards.writer import write_shards
 from rae_xla.errors import UserError
 from rae_xla.evaluate.image_sets import ShardImageSet, open_images
 from rae_xla.evaluate.npz_images import NpzImages
+from rae_xla.sample.generated_folder import write_generated_folder
+from rae_xla.sample.prompt_files import PromptFiles
+from rae_xla.sample.prompts import Prompt
 
 SIDE, COUNT = 12, 21
 
@@ -145,7 +151,53 @@ def test_errors_of_folders(images, tmp_path):
     as_tars(tars, images)
     cut = tars / "samples-000008.tar"
     cut.write_bytes(cut.read_bytes()[:3000])
-    refuse(r"samples-000008\.tar.*damaged", tars)
+    refuse(r"samples-000008\.tar: not a complete tar after 3 samples .*: copy it again", tars)
+
+
+def test_what_is_not_read_is_counted(images, tmp_path, caplog):
+    caplog.set_level("INFO")
+    as_files(tmp_path, images[:3])
+    as_tars(tmp_path, images[3:5])
+    (tmp_path / "._000000.png").write_bytes(b"x")
+    (tmp_path / ".cache").mkdir()
+    as_files(tmp_path / ".cache", images[:3])
+    (tmp_path / "notes.txt").touch()
+    os.mkfifo(tmp_path / "pipe.png")
+    assert open_images(tmp_path).count == 5
+    assert "left out 2 hidden (" in caplog.text
+    assert "1 .txt (" in caplog.text
+    assert "1 pipe, socket or device (" in caplog.text
+
+
+def test_names_with_dots_in_tars(images, tmp_path):
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for number in (1, 0):
+            member = tarfile.TarInfo(f"cfg1.5_{number}.png")
+            member.size = len(png(images[number]))
+            tar.addfile(member, io.BytesIO(png(images[number])))
+    assert np.array_equal(read(open_images(tmp_path), 8, 1), images[[1, 0]])
+
+
+def test_links_in_tars_and_second_tars_are_errors(images, tmp_path):
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        member = tarfile.TarInfo("b.png")
+        member.type, member.linkname = tarfile.LNKTYPE, "a.png"
+        tar.addfile(member)
+    with pytest.raises(UserError, match=r"x\.tar.*b\.png: is a hard link to a\.png"):
+        open_images(tmp_path)
+    as_tars(tmp_path, images[:2])
+    (tmp_path / "x.tar").unlink()
+    path = tmp_path / "samples-000000.tar"
+    path.write_bytes(path.read_bytes() * 2)
+    with pytest.raises(UserError, match=r"samples-000000\.tar.*another tar.*at byte 10,240"):
+        open_images(tmp_path)
+
+
+def test_damaged_settings_are_named(images, tmp_path):
+    as_sample_set(tmp_path, images[:2])
+    (tmp_path / "settings.json").write_text("{")
+    with pytest.raises(UserError, match=r"settings\.json cannot be read"):
+        open_images(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -176,3 +228,66 @@ def test_truncated_and_damaged_npz_files(tmp_path, images, writer):
     path.write_bytes(content[:middle] + bytes(50) + content[middle + 50 :])
     with pytest.raises(UserError, match=r"a\.npz is not a readable \.npz file"):
         list(NpzImages(path, "samples").chunks(4))
+
+
+def test_rotated_images_are_counted_once(images, tmp_path, caplog):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    for number in range(3):
+        Image.fromarray(images[number]).save(tmp_path / f"{number}.jpg", exif=exif)
+    assert len(read(open_images(tmp_path), 8, 1)) == 3
+    assert caplog.messages == [
+        f"samples {tmp_path}: images 3 with an EXIF rotation, which is ignored "
+        f"({tmp_path}/0.jpg, …)"
+    ]
+
+
+def test_only_the_images_of_a_set_are_measured(images, tmp_path, caplog):
+    caplog.set_level("INFO")
+    as_sample_set(tmp_path, images[:4])
+    (tmp_path / "000004.png").write_bytes(png(images[9]))  # of a longer set
+    assert np.array_equal(read(open_images(tmp_path), 8, 1), images[:4])
+    assert "left out 2 not of the set" in caplog.text
+
+
+@pytest.mark.parametrize("layout", ["geneval", "dpg"])
+def test_sets_of_prompts_are_read_completely(images, tmp_path, layout):
+    """Images of different prompts have the same names in these layouts."""
+    prompts = [Prompt(f"prompt {i}", f"p{i}") for i in range(3)]
+    files = PromptFiles(StoragePath(tmp_path), layout, prompts, 4)
+    files.prepare()
+    (tmp_path / "settings.json").write_text(json.dumps({"num_prompts": 3}))
+    for number in range(12):
+        path = tmp_path / str(files.path(number))
+        path.write_bytes(png(images[number]))
+    files.finish()
+    assert np.array_equal(read(open_images(tmp_path), 8, 1), images[:12])
+    path.unlink()
+    with pytest.raises(UserError, match="unfinished, with 11 of 12"):
+        open_images(tmp_path)
+
+
+def test_a_folder_of_generate(images, tmp_path):
+    labels = [0, 1, 0]
+    write_generated_folder(tmp_path, images[:3], labels, ["a", "b"], {})
+    assert np.array_equal(read(open_images(tmp_path), 8, 1), images[:3])
+    (tmp_path / "generated.json").write_text("[]")
+    with pytest.raises(UserError, match=r"generated\.json cannot be read"):
+        open_images(tmp_path)
+
+
+def test_a_file_that_is_not_a_set(images, tmp_path):
+    as_tars(tmp_path, images[:1])
+    (tmp_path / "a.heic").touch()
+    for name in ("samples-000000.tar", "a.heic"):
+        with pytest.raises(UserError, match=rf"{name}: give an \.npz file, or the folder"):
+            open_images(tmp_path / name)
+
+
+def test_npz_files_with_more_bytes_than_images(tmp_path, images):
+    buffer = io.BytesIO()
+    np.save(buffer, images)
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr("arr_0.npy", buffer.getvalue() + bytes(5))
+    with pytest.raises(UserError, match=rf"a\.npz: arr_0 has more bytes than the {COUNT} images"):
+        read(open_images(tmp_path / "a.npz"), 8, 1)

@@ -3,25 +3,17 @@
 import numpy as np
 import pytest
 import torch
+from evaluation_host import Host, on_hosts
+from pod_topologies import HYBRID, OWNERS
 
 from rae_xla.errors import UserError
-from rae_xla.evaluate.references import Reference, load_fid_reference
-from rae_xla.runtime.mesh import MeshShape
+from rae_xla.evaluate.references import (
+    Reference,
+    check_generation_reference,
+    load_fid_reference,
+)
 
 SIZE = 16
-
-
-class Host:
-    """A stand-in for a backend of one process; every tensor stays on the CPU."""
-
-    mesh = MeshShape(data=1, fsdp=1)
-    process_index, process_count = 0, 1
-
-    def shard_batch(self, batch):
-        return batch
-
-    def to_host(self, tensors):
-        return tensors
 
 
 def features(pixels):
@@ -53,6 +45,21 @@ def test_images(tmp_path, writer):
     torch.testing.assert_close(reference.gaussian.covariance, rows.T.cov())
     assert "21 images in" in str(reference)
     assert reference.sha256 in str(reference)
+
+
+@pytest.mark.parametrize("owners", [OWNERS["v5e:4x4"], HYBRID], ids=["v5e:4x4", "hybrid"])
+def test_the_images_are_counted_once_in_any_order_of_the_devices(tmp_path, owners):
+    path = save(tmp_path / "ref.npz", arr_0=random_images(count=150))  # 128 rows are a chunk
+    expected = read(path).gaussian
+    found = on_hosts(
+        max(owners) + 1,
+        len(owners),
+        lambda host: load_fid_reference(path, features, host, SIZE).gaussian,
+        owners,
+    )
+    for gaussian in found:
+        torch.testing.assert_close(gaussian.mean, expected.mean)
+        torch.testing.assert_close(gaussian.covariance, expected.covariance)
 
 
 def test_moments_take_precedence_over_images(tmp_path):
@@ -116,3 +123,10 @@ def test_missing_and_damaged_files(tmp_path):
     (tmp_path / "cut.npz").write_bytes(content[: len(content) // 2])
     with pytest.raises(UserError, match=r"not a readable \.npz"):
         read(tmp_path / "cut.npz")
+
+
+def test_a_file_in_a_bucket_is_refused():
+    with pytest.raises(UserError, match=r"reference gs://b/r\.npz: a file must be local"):
+        check_generation_reference("gs://b/r.npz", 64)
+    with pytest.raises(UserError, match=r"reference gs://b/r\.npz: a file must be local"):
+        load_fid_reference("gs://b/r.npz", lambda rows: rows, Host(), 64)

@@ -24,6 +24,8 @@ class LinearTask:
 
     disc = None
     provenance = Manifest()
+    first_moment_only: frozenset[str] = frozenset()
+    average_widths: tuple[float, ...] = ()
 
     def __init__(self, seed=0):
         torch.manual_seed(seed)

@@ -70,6 +70,7 @@ def discriminator_loss(disc, rows):
 def train_steps(backend):
     """Update a model twice and a discriminator once; return sizes, losses and the new state."""
     rows = torch.arange(ROWS).chunk(backend.process_count)[backend.process_index]
+    own_parts = backend.own_parts(build_model())
     state = make_state(build_model(), backend, disc=build_discriminator())
     model, disc = state.model.module, state.disc.module
     found = {
@@ -124,6 +125,7 @@ def train_steps(backend):
     again = backend.place(nn.ModuleDict({"model": model, "frozen": nn.Linear(2, 2)}))
     return found | {
         "norms": norms,
+        "own parts": own_parts,
         "skipped": skipped.item(),
         "snapshot": backend.snapshot(tensors),
         "placed once": again["model"] is model and type(again["frozen"].weight) is nn.Parameter,
@@ -132,7 +134,12 @@ def train_steps(backend):
     }
 
 
-def main(folder: str, count: int, data: int) -> None:
+def fork_processes(folder, count, function) -> int:
+    """Run ``function`` in processes of one run; save the results as ``FOLDER/RANK.pt``.
+
+    Returns:
+        0, or the exit status of a process that failed.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -141,11 +148,15 @@ def main(folder: str, count: int, data: int) -> None:
     for rank in range(count):
         if (pid := os.fork()) == 0:
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            torch.save(train_steps(start_backend(data)), Path(folder) / f"{rank}.pt")
+            torch.save(function(), Path(folder) / f"{rank}.pt")
             os._exit(0)
         children.append(pid)
     codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
-    sys.exit(max(map(abs, codes)))
+    return max(map(abs, codes))
+
+
+def main(folder: str, count: int, data: int) -> None:
+    sys.exit(fork_processes(folder, count, lambda: train_steps(start_backend(data))))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ Every call is recorded in ``calls``. The state is a file ``nodes/NAME`` for each
 number of hosts) and ``queued/NAME`` for each queued resource (its next states; its nodes are in
 ``NAME.nodes``). A test controls the cloud with files: each query of a node's state consumes one
 line of ``events``, ``preempt`` or anything else; ``refusals`` holds reasons why the next creations
-fail; ``silent``, ``no-bucket`` and ``unreachable`` (with names of hosts) switch on failures.
+fail; ``silent``, ``no-bucket`` and ``unreachable`` (with names of hosts) switch on failures;
+``batch-size`` is how many hosts of a node ``ssh`` connects to at a time by default, instead of 64.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ case $what in
     "tpu-vm create") known="$create --version" ;;
     "queued-resources create")
         known="$create --runtime-version --node-id --node-count --node-prefix" ;;
-    "tpu-vm ssh") known="--worker --command" ;;
+    "tpu-vm ssh") known="--worker --command --batch-size" ;;
     "queued-resources delete") known=--force ;;
     "tpu-vm describe" | "tpu-vm delete" | "queued-resources describe") known= ;;
     *) refuse "Invalid choice: $what" ;;
@@ -116,14 +117,18 @@ case $what in
     *ssh)
         read -r state hosts <"nodes/$name" && [[ $state == READY ]] || refuse "TPU $name is $state"
         echo "SSH: Attempting to connect to worker 0..." >&2
-        jobs=() first=0 last=$((hosts - 1))
+        jobs=() first=0 last=$((hosts - 1)) status=0
+        batch=${given[--batch-size]-$(cat batch-size 2>/dev/null || echo 64)}
+        [[ $batch != all ]] || batch=$hosts
         [[ ${given[--worker]} == all ]] || first=${given[--worker]} last=$first
         for ((i = first; i <= last; i++)); do
             ssh -T "me@$name-w-$i" -- "${given[--command]}" <&0 &
             jobs+=($!)
+            if ((${#jobs[@]} == batch || i == last)); then
+                for job in "${jobs[@]}"; do wait "$job" || status=$?; done
+                jobs=()
+            fi
         done
-        status=0
-        for job in "${jobs[@]}"; do wait "$job" || status=$?; done
         exit "$status" ;;
 esac
 """

@@ -63,6 +63,7 @@ class Fault:
     after_bytes: int = 0
     bytes_per_second: float = 0.0
     seed: int = 0
+    skip: int = 0
     dice: random.Random = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -74,6 +75,9 @@ class Fault:
     def applies_to(self, request_line: str) -> bool:
         """Return whether the fault applies to this request; if so, count down ``times``."""
         if self.times == 0 or not re.search(self.match, request_line):
+            return False
+        if self.skip > 0:
+            self.skip -= 1
             return False
         if self.dice.random() >= self.probability:
             return False
@@ -162,6 +166,7 @@ class GcsEmulator:
         after_bytes: int = 0,
         bytes_per_second: float = 0.0,
         seed: int = 0,
+        skip: int = 0,
     ) -> None:
         """Make requests fail from now on.
 
@@ -182,8 +187,11 @@ class GcsEmulator:
             after_bytes: see ``kind``.
             bytes_per_second: see ``kind``.
             seed: of the generator for ``probability``.
+            skip: number of matching requests that succeed before.
         """
-        fault = Fault(match, kind, probability, times, seconds, after_bytes, bytes_per_second, seed)
+        fault = Fault(
+            match, kind, probability, times, seconds, after_bytes, bytes_per_second, seed, skip
+        )
         fields = {k: v for k, v in asdict(fault).items() if k != "dice"}
         self._control("POST", "faults", fields)
 

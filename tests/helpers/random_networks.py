@@ -7,7 +7,10 @@ from unittest import mock
 
 import torch
 from random_loss_networks import random_network
-from torch import nn
+from torch import Tensor, nn
+
+from rae_xla.evaluate.feature_networks import FeatureModule
+from rae_xla.evaluate.inception import CLASSES, FEATURES, SPATIAL_CHANNELS
 
 
 def random_extractor(seed: int = 0, features: tuple[str, ...] = ("2048",)) -> nn.Module:
@@ -26,3 +29,25 @@ def write_inception(path: Path, seed: int = 0) -> Path:
     """Write a weight file in the format of torch-fidelity and return its path."""
     torch.save(random_extractor(seed).state_dict(), path)
     return path
+
+
+class SmallFeatures(FeatureModule):
+    """A network that compiles quickly, with features of the names and sizes of Inception's."""
+
+    source = "small random network"
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.spatial = nn.Conv2d(3, SPATIAL_CHANNELS, 8, stride=8)
+            self.pool = nn.Linear(3 * 8 * 8, FEATURES)
+            self.classes = nn.Linear(FEATURES, CLASSES, bias=False)
+        self.eval().requires_grad_(False)
+
+    def forward(self, pixels: Tensor) -> dict[str, Tensor]:
+        """Return features of images (B, 3, H, W) uint8, as :class:`Inception` does."""
+        images = (pixels.float() - 128) / 128
+        pool = self.pool(nn.functional.adaptive_avg_pool2d(images, 8).flatten(1)).relu()
+        maps = self.spatial(images).permute(0, 2, 3, 1).flatten(1)
+        return {"pool": pool, "spatial": maps, "logits": self.classes(pool)}

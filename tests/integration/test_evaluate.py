@@ -21,7 +21,7 @@ from rae_xla.evaluate.image_metrics import psnr
 from rae_xla.interop.instantiate import instantiate
 from rae_xla.sample.images import to_pixels, to_unit
 
-IMAGES = 21
+IMAGES = 7
 DECODER = GOLDEN / "rae/dinov2/decoder.pt"
 
 
@@ -146,9 +146,9 @@ def test_reference_file(world, expected, image_pairs):
     assert found["metrics"]["rfid"] == expected[0]["metrics"]["rfid"]
     assert found["reference"]["kind"] == "images"
     assert found["warnings"] == []
-    found, printed = report(world, "fewer", *options, "--num-images", 9)
+    found, printed = report(world, "fewer", *options, "--num-images", 3)
     assert found["reference"]["count"] == IMAGES
-    assert f"warning: the reference has {IMAGES} images and 9" in printed
+    assert f"warning: the reference has {IMAGES} images and 3" in printed
     assert len(found["warnings"]) == 1
 
 
@@ -165,9 +165,9 @@ def test_training_checkpoint(world, runs):
 
 RECON_MISUSES = [
     ("too many images", ["--num-images", 49], "49 images .* which has 48"),
-    ("no image", ["--num-images", 0], "0 images"),
+    ("no image", ["--num-images", 0], "--num-images 0: expected"),
     ("an unknown metric", ["--metrics", "psrn"], "--metrics psrn: .* psnr ssim lpips rfid"),
-    ("no batch", ["--batch-size", 0, "--metrics", "psnr"], "batch size is 0"),
+    ("no batch", ["--batch-size", 0, "--metrics", "psnr"], "--batch-size 0: expected"),
     ("one image", ["--num-images", 1, "--metrics", "rfid"], "rfid of a single image"),
     ("a reference for nothing", ["--metrics", "psnr", "--reference", "a.npz"], "add rfid"),
     ("no reference", ["--metrics", "rfid", "--reference", "a.npz"], "a.npz"),
@@ -304,9 +304,9 @@ def test_misuse_of_decoders(world, runs, samples, other_decoder, tmp_path):
     fail("fid needs --reference", *decoders(world, samples, *both))
     fail("needs --decoders", *decoders(world, samples))
     free = ("--metrics", "psnr")
-    checkpoint = runs["stage1"] / "checkpoints/step-00000004"
-    fail(r"rae-xla checkpoints export .*step-00000004 ",
-         *decoders(world, samples, *free, "--decoders", DECODER, checkpoint))  # fmt: skip
+    checkpoint = runs["stage1"] / "checkpoints/step-00000004"  # its averaged decoder
+    printed = succeed(*decoders(world, samples, *free, "--decoders", DECODER, checkpoint))
+    assert "step-00000004" in printed
     fail("given twice", *decoders(world, samples, *free, "--decoders", DECODER, DECODER))
     fail(r"no\.pt", *decoders(world, samples, *free, "--decoders", DECODER, "no.pt"))
     fail("latents.npy.*--keep-latents", *decoders(world, tmp_path, *free, *both))

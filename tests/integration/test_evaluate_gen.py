@@ -122,15 +122,15 @@ def test_two_processes_share_the_work(world, expected):
 
 MISUSES = [
     ("no samples", ["--samples", "none.npz"], "samples none.npz"),
-    ("another's option", ["--ckpt", "a.pt"], "--ckpt applies to `rae-xla evaluate recon`, not gen"),
+    ("another's option", ["--ckpt", "a.pt"], "--ckpt applies to .* recon` and .* t2i`, not gen"),
     ("an unknown metric", ["--metrics", "gfid"], "--metrics gfid: .* fid sfid is precision"),
     ("too many", ["--num-images", COUNT + 1], f"{COUNT + 1} images .* has {COUNT}"),
     ("too few", ["--num-images", 3], "precision of 3 images .*at least 4"),
-    ("no batch", ["--batch-size", 0], "--batch-size is 0"),
+    ("no batch", ["--batch-size", 0], "--batch-size 0: expected"),
     ("an unused reference", ["--metrics", "is"], "--reference is not used"),
     ("no reference", ["--reference", "none.npz"], "reference none.npz"),
     ("no Inception", ["weights.inception=none.pth"], "none.pth"),
-    ("no DINOv2", ["--metrics", "fd_dinov2", "weights.dinov2=none"], "none.*--metrics fid"),
+    ("no DINOv2", ["--metrics", "fd_dinov2", "weights.dinov2=./none"], "none.*--metrics fid"),
     ("no such setting", ["weights.incpetion=a"], "weights.inception"),
 ]  # fmt: skip
 
@@ -253,8 +253,8 @@ def test_errors_of_evaluation_during_training(world):
 
     refuse(r"eval needs images .*reference_npz_path.*eval=null", "eval.num_samples=8")
     refuse("stage 2 has no .*psnr.* fid, sfid", "eval.metrics=[psnr]")
-    refuse(r"eval\.lite_interval.*0 or more", "eval.lite_interval=-1")
+    refuse(r"eval\.lite_interval.*at least 0", "eval.lite_interval=-1")
     refuse(r"none.*weights\.dinov2.*eval\.metrics=\[fid\] or eval=null", *EVALUATION[4:5],
-         "weights.dinov2=none", "eval.reference_npz_path=none.npz")  # fmt: skip
+         "weights.dinov2=./none", "eval.reference_npz_path=none.npz")  # fmt: skip
     refuse(r"none\.npz", *EVALUATION[4:6],
          "eval.reference_npz_path=none.npz")  # fmt: skip

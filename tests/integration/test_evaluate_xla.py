@@ -1,11 +1,13 @@
 """Metrics do not depend on the batch size or the number of XLA devices.
 
-The networks have the real architectures and RANDOM weights. Most of the time is the compilation of
-Inception for each number of devices. So one process with one device measures both reconstructions
-and samples, and this process has four devices and networks that all tests share.
+Inception and VGG compile for minutes, so that only the nightly tests have LPIPS and the
+features of Inception; by default a small network has features of the same names and sizes. All
+weights are RANDOM. One process with one device measures both reconstructions and samples, and this
+process has four devices and networks that all tests share.
 """
 
 import json
+import os
 import subprocess
 import sys
 
@@ -13,11 +15,11 @@ import numpy as np
 import pytest
 import torch
 from random_loss_networks import write_vgg16
-from random_networks import write_inception
+from random_networks import SmallFeatures, write_inception
 from tiny import environment, make_configs, make_shards, rae_xla
 
 from rae_xla.config import MeshConfig, RuntimeConfig, load_config
-from rae_xla.config.validation import GEN_METRICS, RECON_METRICS
+from rae_xla.config.validation import RECON_METRICS
 from rae_xla.data.shards.index import open_index
 from rae_xla.evaluate.feature_networks import FeatureNetwork
 from rae_xla.evaluate.generation import evaluate_generation
@@ -32,22 +34,29 @@ from rae_xla.runtime import start
 pytestmark = pytest.mark.xla
 
 IMAGES = 10  # divisible neither by the number of devices nor by a batch size
-GEN = tuple(name for name in GEN_METRICS if name != "fd_dinov2")
+GEN = ("fid", "sfid", "is", "precision", "recall")
+RECON = {"small": ("psnr", "ssim", "rfid"), "inception": RECON_METRICS}
 slow = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
+@pytest.fixture(
+    scope="module", params=["small", pytest.param("inception", marks=pytest.mark.nightly)]
+)
+def world(request, tmp_path_factory):
+    """Shards, sets of images, and weights; ``features`` names the feature network."""
     folder = tmp_path_factory.mktemp("world")
     shards = make_shards(folder)
-    write_inception(folder / "inception.pth")
+    if request.param == "inception":
+        write_inception(folder / "inception.pth")
     write_vgg16(folder / "vgg16.pth")
     rng = np.random.default_rng(0)
     sets = rng.integers(0, 256, (2, IMAGES, 32, 32, 3), dtype=np.uint8)
     sets[1, :4] = sets[0, :4]  # shared images, so that precision and recall are not zero
     for name, images in zip(("samples", "reference"), sets, strict=True):
         np.savez(folder / f"{name}.npz", arr_0=images)
-    return {"folder": folder, "shards": shards} | make_configs(folder, shards)
+    return {"folder": folder, "shards": shards, "features": request.param} | make_configs(
+        folder, shards
+    )
 
 
 def settings(world, devices):
@@ -59,18 +68,22 @@ def settings(world, devices):
 def recon(world, devices, batch, *overrides):
     return ["recon", "--config", world["stage2"], "--data", world["shards"], "--num-images", IMAGES,
             "--batch-size", batch, "--out", world["folder"] / "recon.json",
-            *settings(world, devices), *overrides]  # fmt: skip
+            *settings(world, devices), *overrides,
+            "--metrics", *RECON[world["features"]]]  # fmt: skip
 
 
 def values(path):
     return {name: m["value"] for name, m in json.loads(path.read_text())["metrics"].items()}
 
 
-# Both commands run in one process, so that the second reuses the compiled Inception.
+# Both commands run in one process, so that the second reuses the compiled network.
 BOTH = """
 import json, sys
+import random_networks, rae_xla.evaluate.inception
 from rae_xla.cli.main import main
-for command in json.loads(sys.argv[1]):
+if sys.argv[1] == "small":
+    rae_xla.evaluate.inception.load_inception = lambda *_: random_networks.SmallFeatures()
+for command in json.loads(sys.argv[2]):
     assert main(["evaluate", *command]) == 0
 """
 
@@ -82,9 +95,10 @@ def expected(world):
     gen = ["gen", "--samples", folder / "samples.npz", "--reference", folder / "reference.npz",
            "--batch-size", 7, "--out", folder / "gen.json", *settings(world, 1)]  # fmt: skip
     commands = [[str(argument) for argument in command] for command in (recon(world, 1, 7), gen)]
+    with_helpers = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     done = subprocess.run(
-        [sys.executable, "-c", BOTH, json.dumps(commands)],
-        env=environment(), capture_output=True, text=True, check=False,
+        [sys.executable, "-c", BOTH, world["features"], json.dumps(commands)],
+        env=environment() | with_helpers, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("on 1 XLA device") == 2
@@ -97,14 +111,16 @@ def four(world):
     backend = start(RuntimeConfig(backend="xla", devices=4), MeshConfig())
     rae = instantiate(load_config(str(world["stage2"])).stage_1)
     backend.place(rae).train()
-    weights = [str(world["folder"] / name) for name in ("vgg16.pth", "inception.pth")]
-    lpips = backend.place(load_lpips(weights[0], None))
-    features = FeatureNetwork(load_inception(weights[1]), backend)
-    return backend, rae, lpips, features
+    if world["features"] == "small":
+        return backend, rae, None, FeatureNetwork(SmallFeatures(), backend)
+    lpips = backend.place(load_lpips(str(world["folder"] / "vgg16.pth"), None))
+    inception = load_inception(str(world["folder"] / "inception.pth"))
+    return backend, rae, lpips, FeatureNetwork(inception, backend)
 
 
 def measure(world, four, **options):
     backend, rae, lpips, features = four
+    options.setdefault("metrics", RECON[world["features"]])
     return evaluate_reconstruction(
         rae, backend, open_index(world["shards"]), lpips=lpips, features=features, **options
     )
@@ -126,8 +142,8 @@ def assert_same_values(values, expected):
     assert values == pytest.approx(expected, rel=0, abs=1e-6)
 
 
-def test_reconstruction_metrics_do_not_depend_on_batch_or_devices(expected, first):
-    assert tuple(first.metrics) == RECON_METRICS
+def test_reconstruction_metrics_do_not_depend_on_batch_or_devices(world, expected, first):
+    assert tuple(first.metrics) == RECON[world["features"]]
     assert_same_values(first.metrics, expected["recon"])
 
 
@@ -147,6 +163,7 @@ def test_generation_metrics_do_not_depend_on_batch_or_devices(world, four, expec
 
 
 @pytest.mark.nightly
+@pytest.mark.parametrize("world", ["inception"], indirect=True)  # the command line loads the file
 def test_another_mesh_changes_nothing(world, expected):
     done = rae_xla("evaluate", *recon(world, 4, 1, "mesh.ici.data=2", "mesh.ici.fsdp=2"))
     assert done.returncode == 0, done.stderr
@@ -158,7 +175,7 @@ def test_another_mesh_changes_nothing(world, expected):
 @slow
 def test_a_second_evaluation_compiles_nothing(world, four, first):
     """As during training: the networks stay placed, and the decoder's weights change."""
-    backend, rae, _, _ = four
+    backend, rae, lpips, _ = four
     assert rae.training
     compiled = backend.compilations()
     again = measure(world, four, num_images=IMAGES, batch_size=1, reference=first.reference)
@@ -167,7 +184,8 @@ def test_a_second_evaluation_compiles_nothing(world, four, first):
         rae.decoder.decoder_pred.bias.add_(0.1)
     backend.synchronize()
     update = backend.compilations() - compiled
-    metrics = ("psnr", "lpips")  # Inception has no weights that change
+    # the feature network has no weights that change
+    metrics = ("psnr",) if lpips is None else ("psnr", "lpips")
     changed = measure(world, four, num_images=4, batch_size=3, metrics=metrics)
     assert changed.metrics["psnr"] != first.metrics["psnr"]
     assert backend.compilations() == compiled + update

@@ -119,7 +119,9 @@ def test_the_gan_step_gives_the_losses_of_one_process(world, mesh):
 
 
 @slow
-@pytest.mark.parametrize("state", ["sharded", "replicated"])
+@pytest.mark.parametrize(
+    "state", ["sharded", pytest.param("replicated", marks=pytest.mark.nightly)]
+)
 def test_a_gan_run_resumes_with_the_same_bits(world, state):
     overrides = ["training.steps=16"] + (["mesh.ici.data=2"] if state == "replicated" else [])
     complete, folder = (world["folder"] / f"gan {state} {name}" for name in ("complete", "resumed"))
@@ -146,8 +148,8 @@ def test_accumulated_gradients_give_the_losses_of_one_process(alone, world):
     )
 
 
-@slow
-@pytest.mark.parametrize("remat", [0, pytest.param(1, marks=pytest.mark.nightly)])
+@pytest.mark.nightly  # compiles for a minute; test_fsdp.py compares compiled gradients by default
+@pytest.mark.parametrize("remat", [0, 1])
 def test_compiled_blocks_change_no_number(alone, world, remat):
     settings = ["runtime.compile=true", "training.steps=4", "checkpoint.every_steps=4"]
     settings.append(f"runtime.remat={remat}")
@@ -215,7 +217,7 @@ def test_an_impossible_mesh_is_reported_once(world):
     assert re.search(r"mesh\.ici\.tensor is 2.*xla backend", lines[0])
 
 
-@slow
+@pytest.mark.nightly  # by default test_kills.py starts runs with torchrun
 def test_torchrun_starts_a_run(alone, world):
     folder = world["folder"] / "torchrun"
     done = subprocess.run(

@@ -3,7 +3,7 @@
 import pytest
 from tiny import make_configs, make_shards, metrics, rae_xla_processes
 
-pytestmark = [pytest.mark.xla, pytest.mark.slow]
+pytestmark = [pytest.mark.xla, pytest.mark.slow, pytest.mark.nightly]
 
 SEGMENTS = [
     (2, 10, []),

@@ -50,6 +50,7 @@ def train(world, task, name, *overrides):
     folder = world["folder"] / name
     done = rae_xla("train", task, "--config", world[task], "--results-dir", folder, *overrides)
     assert done.returncode == 0, done.stderr
+    assert "is traced at each call" not in done.stderr  # every step is replayed
     return metrics(folder)
 
 

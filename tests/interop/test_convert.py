@@ -19,6 +19,8 @@ from safetensors.torch import load_file
 import rae_xla
 from rae_xla import RAE, DiTDH
 from rae_xla.cli.main import main
+from rae_xla.interop.layouts import export_decoder
+from rae_xla.models.pretrained.latent_statistics import standard_deviation
 from rae_xla.models.pretrained.manifest import read_weights_manifest
 from rae_xla.sample.model_lookup import resolve_model
 
@@ -181,7 +183,7 @@ def test_statistics_of_a_diffusers_folder(tmp_path: Path) -> None:
     arguments = (tmp_path / "theirs", "--part", "stats", "--to", "published")
     assert convert(*arguments, "--out", tmp_path / "stat.pt") == 0
     rae = RAE.from_pretrained(tmp_path / "theirs")
-    assert torch.equal(torch.sqrt(load(tmp_path / "stat.pt")["var"] + 1e-5), rae.latent_std)
+    assert torch.equal(standard_deviation(load(tmp_path / "stat.pt")["var"]), rae.latent_std)
     assert "encoder" in read_weights_manifest(tmp_path / "stat.pt").made_with["statistics"]
 
 
@@ -290,6 +292,23 @@ def test_code_in_a_pickle_is_not_executed(capsys, tmp_path: Path, where: str) ->
     assert str(source) in message
     assert "mkdir" in message
     assert not marker.exists()
+
+
+@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.module."])
+def test_wrapped_checkpoints_are_read_by_every_command(tmp_path: Path, wrapper: str) -> None:
+    """``ckpt`` of a configuration: tests/interop/test_instantiate.py."""
+    state = {f"{wrapper}decoder.{name}": tensor for name, tensor in load(DECODER).items()}
+    for number, content in enumerate(
+        (state, {"ema": state, "model": state}, {"state_dict": state})
+    ):
+        source = tmp_path / f"{number}.pt"
+        torch.save(content, source)
+        converted, exported = tmp_path / f"c{number}.pt", tmp_path / f"e{number}.pt"
+        assert convert(source, "--to", "published", "--part", "decoder", "--out", converted) == 0
+        export_decoder(source, exported)
+        for written in (load(converted), load(exported)):
+            assert written.keys() == load(DECODER).keys()
+            assert all(torch.equal(written[k], v) for k, v in load(DECODER).items())
 
 
 def test_unknown_keys_are_listed(capsys, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ def hub(tmp_path, monkeypatch):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A folder of weights with hidden and unfinished files."""
+    """A folder of weights with hidden and unfinished files, and links."""
     folder = tmp_path / "model"
     (folder / "decoder").mkdir(parents=True)
     (folder / "config.json").write_text('{"target": "RAE"}')
@@ -34,6 +34,8 @@ def folder(tmp_path):
     torch.save({"ema": {"weight": torch.ones(3)}}, folder / "stage2_model.pt")
     (folder / ".DS_Store").write_bytes(b"\x00")
     (folder / "later.pt.unfinished").write_bytes(b"\x00")
+    (folder / "gone").symlink_to("nowhere")
+    (folder / "other").symlink_to("decoder")
     return folder
 
 
@@ -43,7 +45,7 @@ UPLOADED = ("config.json", "decoder/model.safetensors", "stage2_model.pt")
 def test_push_to_a_private_repository(hub, folder):
     upload = prepare_upload(folder)
     assert upload.files == UPLOADED
-    assert upload.skipped == (".DS_Store", "later.pt.unfinished")
+    assert upload.skipped == (".DS_Store", "gone", "later.pt.unfinished", "other")
     url = push(upload, NAME)
     repository = hub.repositories[NAME]
     assert repository.private

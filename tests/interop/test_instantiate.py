@@ -10,7 +10,7 @@ from rae_xla.config import ModelSpec
 from rae_xla.config.model_params import AUTOENCODERS, DENOISERS
 from rae_xla.config.registry import TARGETS, full_name
 from rae_xla.errors import UserError
-from rae_xla.interop.instantiate import find_class
+from rae_xla.interop.instantiate import find_class, load_weights
 
 TINY = {
     "input_size": 4,
@@ -102,11 +102,20 @@ def test_ckpt_formats(tmp_path, trained, kind):
     assert all(torch.equal(loaded[k], v) for k, v in trained.items())
 
 
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "_orig_mod.module."])
+def test_ckpt_of_a_wrapped_model(tmp_path, trained, prefix):
+    wrapped = {prefix + name: tensor for name, tensor in trained.items()}
+    for content in (wrapped, {"ema": wrapped}, {"model": wrapped, "ema": wrapped, "step": 1}):
+        torch.save(content, tmp_path / "w.pt")
+        loaded = rae_xla.instantiate(tiny() | {"ckpt": str(tmp_path / "w.pt")}).state_dict()
+        assert all(torch.equal(loaded[k], v) for k, v in trained.items())
+
+
 def test_ckpt_without_averaged_weights(tmp_path, trained):
     torch.save({"model": trained, "step": 3}, tmp_path / "w.pt")
     message = instantiate_error(tiny() | {"ckpt": str(tmp_path / "w.pt")})
     assert "without averaged (`ema`) weights" in message
-    assert "torch.load(file)['model']" in message
+    assert "rae-xla convert FILE --weights model" in message
 
 
 def test_missing_ckpt_suggests_similar_files(tmp_path, trained):
@@ -133,6 +142,18 @@ def test_ckpt_of_another_architecture(tmp_path, trained):
     message = instantiate_error(tiny() | {"ckpt": str(tmp_path / "w.pt")})
     assert "missing pos_embed" in message
     assert "unexpected extra" in message
+
+
+def test_ckpt_of_the_other_stage(tmp_path):
+    """The message names stage 2 only if the model is a generator."""
+    state = {"encoder.x": torch.zeros(1), "decoder.x": torch.zeros(1)}
+    torch.save(state, tmp_path / "w.pt")
+    message = instantiate_error(tiny() | {"ckpt": str(tmp_path / "w.pt")})
+    assert "holds an autoencoder (stage 1): give a checkpoint of stage 2" in message
+    autoencoder = torch.nn.Module()
+    autoencoder.decoder = torch.nn.Linear(1, 1)
+    with pytest.raises(UserError, match=r"missing decoder\.weight.*the params it was trained with"):
+        load_weights(autoencoder, tmp_path / "w.pt")
 
 
 def test_ckpt_without_weights(tmp_path):

@@ -50,17 +50,23 @@ def test_autoencoders_match_the_configuration_files(name):
     decoder = json.loads((folder / "config.json").read_text())
     assert ours["params"].pop("decoder_config_path").items() <= decoder.items()
     assert ours == theirs
-    assert name in DIFFUSERS
+    assert name in DIFFUSERS or name.startswith("raev2-")
 
 
 def test_every_published_name_has_files():
     for name in published_names():
         assert all(published_files(name).values())
-    assert len(GENERATORS) == 6
+    assert len(GENERATORS) == 7
     with pytest.raises(UserError, match="did you mean ditdh-xl-256"):
         published_files("ditdh-xl-265")
     with pytest.raises(UserError, match="not a published generator"):
         published_config("rae-mae-b-256")
+
+
+def test_raev2_has_the_published_number_of_parameters():
+    with torch.device("meta"):
+        model = instantiate(GENERATORS["raev2-ditdh-xl-256"].stage_2() | {"ckpt": None})
+    assert sum(p.numel() for p in model.parameters()) == 875_216_500
 
 
 @pytest.mark.parametrize(("size", "millions"), [("S", 196), ("XL", 839)])

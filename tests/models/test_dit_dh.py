@@ -193,8 +193,7 @@ def test_blocks_are_called_with_tensors_only() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"patch_size": 2}, "patch_size: the head .*got 2"),
-        ({"patch_size": [1, 2]}, "the head"),
+        ({"patch_size": [1, 2]}, r"patch_size: the head .*got \[1, 2\]"),
         ({"hidden_size": [32, 48, 64]}, r"hidden_size: expected \[encoder, head\]"),
         ({"num_heads": [5, 4]}, "hidden_size 32 is not divisible by num_heads 5"),
         ({"num_heads": 16}, "head_dim 2 is not a multiple of 4"),

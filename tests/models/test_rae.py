@@ -13,7 +13,9 @@ from rae_cases import CASES, build_rae, load_rae_case, rae_arguments
 from safetensors.torch import save_file
 
 from rae_xla.errors import UserError
-from rae_xla.models.rae import ENCODERS, RAE
+from rae_xla.models.encoders import ENCODERS
+from rae_xla.models.encoders.frozen import DINOv2Encoder, MAEEncoder, SigLIP2Encoder
+from rae_xla.models.rae import RAE
 
 KEYMAPS = ("RAE_DINOv2-B_decXL", "RAE_DINOv2-B_512_decXL", "RAE_SigLIP2_decXL", "RAE_MAE_decXL")
 
@@ -195,7 +197,10 @@ def test_encoder_folder_defaults_to_image_processor_folder() -> None:
     close(build_rae("dinov2", encoder_params={}).eval()(case["in.image0"]), case["out.recon0"])
 
 
-@pytest.mark.parametrize("name", ENCODERS)
+RECORDED = (DINOv2Encoder, SigLIP2Encoder, MAEEncoder)
+
+
+@pytest.mark.parametrize("name", [n for n, cls in ENCODERS.items() if cls in RECORDED])
 def test_published_and_own_encoder_names(name: str) -> None:
     golden = {"D": "dinov2", "S": "siglip2", "M": "mae"}[name[0]]
     rae = build_rae(golden, encoder_cls=name)

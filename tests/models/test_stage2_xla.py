@@ -15,6 +15,15 @@ torch_xla = pytest.importorskip("torch_xla")
 pytestmark = pytest.mark.xla
 
 SHARED = {"input_size": 4, "in_channels": 8, "num_classes": 5}
+# In-context conditioning, base head and REPA projection, as in RAEv2.
+TOKENS = {
+    "conditioning": "tokens",
+    "base_model_depth": 2,
+    "repa_layer_depth": 1,
+    "z_dim": 8,
+    "use_qknorm": True,
+    "use_pos_embed": False,
+}
 MODELS = {
     "dit_dh": lambda: DiTDH(hidden_size=[32, 48], depth=[2, 1], num_heads=[4, 4], **SHARED),
     "dit_dh_qknorm_layernorm": lambda: DiTDH(
@@ -30,16 +39,24 @@ MODELS = {
     "lightning_dit_patch2": lambda: LightningDiT(
         hidden_size=32, depth=1, num_heads=4, patch_size=2, learn_sigma=True, **SHARED
     ),
+    "dit_dh_tokens": lambda: DiTDH(
+        hidden_size=[32, 48], depth=[3, 1], num_heads=[4, 4], **TOKENS, **SHARED
+    ),
+    "lightning_dit_tokens": lambda: LightningDiT(
+        hidden_size=32, depth=2, num_heads=4, **TOKENS, **SHARED
+    ),
 }
 
 
 def step(model: nn.Module, *inputs: torch.Tensor) -> dict[str, torch.Tensor]:
     """Run a forward and a backward pass; return the output and the gradients."""
     x, t, y, drop, target = inputs
-    out = model(x, t, y, label_drop=drop)
-    (out - target).square().mean().backward()
+    outputs = model(x, t, y, label_drop=drop, all_outputs=True)
+    found = {name: value for name, value in outputs._asdict().items() if value is not None}
+    targets = {"full": target, "base": target, "repa": target.flatten(2).transpose(1, 2)}
+    sum((value - targets[name]).square().mean() for name, value in found.items()).backward()
     grads = {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
-    return {"out": out.detach()} | grads
+    return {name: value.detach() for name, value in found.items()} | grads
 
 
 @pytest.mark.parametrize("name", MODELS)

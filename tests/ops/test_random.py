@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from rae_xla.ops import random
 from rae_xla.ops.random import CounterRNG, _int32, threefry
 
 # Test vectors of Threefry-2x32 with 20 rounds, from the Random123 distribution of its authors.
@@ -57,3 +58,30 @@ def test_distributions_are_uniform_and_normal():
     assert abs((normal**4).mean() - 3) < 5 * (96 / n) ** 0.5
     pairs = torch.corrcoef(normal[:, :1000].reshape(-1, 2).T)
     assert abs(pairs[0, 1]) < 5 / (n / 2) ** 0.5
+
+
+@pytest.mark.parametrize(
+    ("rows", "shape"),
+    [(3, ()), (8, (3, 32, 32)), (3, (5, 7)), (2, (40001,)), (40000, (3,))],
+    ids=["scalars", "even", "odd", "columns of several blocks", "rows of several blocks"],
+)
+def test_numbers_in_place_and_in_blocks_are_those_of_a_compiled_graph(monkeypatch, rows, shape):
+    """Bit by bit: a compiled run and an eager one draw the same."""
+    draws = rng(torch.arange(rows) * 7 - 5, seed=11 + (5 << 32))
+    in_place = draws.normal("n", shape), draws.uniform("u", shape)
+    monkeypatch.setattr(random, "runs_eagerly", lambda device: False)
+    traced = draws.normal("n", shape), draws.uniform("u", shape)
+    for ours, theirs in zip(in_place, traced, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_several_purposes_at_once_are_those_of_each(monkeypatch):
+    draws = rng([5, 0, 3])
+    together = draws.uniforms("label dropout", "time", "x")
+    monkeypatch.setattr(random, "runs_eagerly", lambda device: False)
+    for traced in (
+        draws.uniforms("label dropout", "time", "x"),
+        map(draws.uniform, ("label dropout", "time", "x")),
+    ):
+        for ours, theirs in zip(together, traced, strict=True):
+            assert torch.equal(ours, theirs)

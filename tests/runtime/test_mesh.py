@@ -7,9 +7,9 @@ import pytest
 from rae_xla.runtime.mesh import resolve_mesh
 
 
-def settings(data=1, fsdp=-1, tensor=1, slices=1):
+def settings(data=1, fsdp=-1, tensor=1, slices=1, across=1):
     ici = SimpleNamespace(data=data, fsdp=fsdp, tensor=tensor)
-    return SimpleNamespace(ici=ici, dcn=SimpleNamespace(data=slices), sharding=())
+    return SimpleNamespace(ici=ici, dcn=SimpleNamespace(data=slices, fsdp=across), sharding=())
 
 
 @pytest.mark.parametrize(
@@ -42,12 +42,19 @@ def test_a_mesh_covers_every_device(sizes, devices, shape):
         ({"data": 0, "fsdp": 4}, "does not match"),
         ({"data": 2, "fsdp": 4}, "does not match"),
         ({"tensor": 8}, "tensor=8"),
-        ({"slices": 3}, r"dcn\.data=3"),
+        ({"slices": 3}, r"3 slices \(mesh\.dcn\)"),
     ],
 )
 def test_a_mesh_that_does_not_fit_is_refused(sizes, message):
     with pytest.raises(ValueError, match=message):
         resolve_mesh(settings(**sizes), 4)
+
+
+def test_a_state_can_be_sharded_over_slices():
+    mesh = resolve_mesh(settings(slices=2, across=2), 16)
+    assert (mesh.slices, mesh.fsdp, mesh.size, mesh.batch_shards) == (4, 4, 16, 16)
+    assert mesh.axis_sizes == {"data": 2, "fsdp": 8, "tensor": 1}
+    assert str(mesh) == "4 slices of data=1 x fsdp=4 (fsdp over 2 slices)"
 
 
 def test_a_mesh_as_text():

@@ -1,7 +1,6 @@
 """Process groups of real processes on this machine, and torchrun's environment variables."""
 
-import json
-import os
+import signal
 import socket
 import subprocess
 import sys
@@ -9,10 +8,12 @@ import time
 from datetime import timedelta
 
 import pytest
+from fake_pod import run_pod
 
-from rae_xla.errors import UserError
+from rae_xla.errors import EXIT_CONNECTION_LOST, UserError
 from rae_xla.runtime.process_group import (
     Launch,
+    ProcessLostError,
     all_gather_text,
     join_hosts,
     new_gloo_group,
@@ -21,85 +22,79 @@ from rae_xla.runtime.process_group import (
 
 slow = pytest.mark.slow
 
-# Joins a group, exchanges each text, and ends in the given way. Prints what it received.
-PROCESS = """
-import json, sys
-from datetime import timedelta
-from rae_xla.errors import UserError
-from rae_xla.runtime import process_group
 
-index, count, seconds, *texts = sys.argv[1:]
-try:
-    process_group.join_hosts(int(index), int(count), timeout=timedelta(seconds=float(seconds)))
-    received = []
-    for text in texts:
-        if text == "exit":
-            sys.exit()
-        received.append(process_group.all_gather_text(text))
-    print(json.dumps(received))
-except UserError as error:
-    print(json.dumps([type(error).__name__, error.exit_status, str(error)]))
-"""
+def pod(*processes, **shared):
+    """Run processes 0, 1 … with these texts; return their exit statuses and results."""
+    given = [
+        {"index": i, "count": len(processes), **shared, **process}
+        for i, process in enumerate(processes)
+    ]
+    return run_pod([process for process in given if "texts" in process])
 
 
-@pytest.fixture
-def start():
-    """Return a function that starts a process; those of one test use the same port."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    environment = os.environ | {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port - 1)}
-
-    def start(*arguments):
-        return subprocess.Popen(
-            [sys.executable, "-c", PROCESS, *map(str, arguments)],
-            env=environment, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
-
-    return start
-
-
-def output(process):
-    """The last line of a process's output; gloo prints lines of its own before it."""
-    return json.loads(process.communicate(timeout=60)[0].splitlines()[-1])
+LOST = ["ProcessLostError", EXIT_CONNECTION_LOST]
 
 
 @slow
-def test_every_process_receives_all_texts_in_order(start):
-    processes = [start(i, 3, 30, f"a{i}", f"b{i}" * 10_000) for i in (2, 0, 1)]
+def test_every_process_receives_all_texts_in_order():
+    """Process 0 starts last."""
+    found = pod(
+        *[{"texts": [f"a{i}", f"b{i}" * 10_000], "delay": 1.0 * (i == 0)} for i in range(3)]
+    )
     expected = [["a0", "a1", "a2"], [f"b{i}" * 10_000 for i in range(3)]]
-    assert [output(process) for process in processes] == [expected] * 3
-
-
-@slow
-def test_process_0_may_start_last(start):
-    others = [start(i, 3, 30, f"a{i}") for i in (1, 2)]
-    time.sleep(2)
-    processes = [start(0, 3, 30, "a0"), *others]
-    assert [output(process) for process in processes] == [[["a0", "a1", "a2"]]] * 3
+    assert found == [(0, expected)] * 3
 
 
 @slow
 @pytest.mark.parametrize("present", [0, 1])
-def test_a_process_that_does_not_start_is_reported(start, present):
+def test_a_process_that_does_not_start_is_reported(present):
     began = time.monotonic()
-    kind, status, message = output(start(present, 2, 3, "here"))
+    processes = [{"texts": ["here"]} if i == present else {} for i in range(2)]
+    [(_, (kind, status, message))] = pod(*processes, timeout=3)
     assert (kind, status) == ("UserError", 2)
-    missing = "the 1 other processes" if present == 0 else "process 0"
+    missing = f"process {1 - present}"
     assert f"process {present} of 2 did not find {missing} at localhost:" in message
     assert "within 3 s" in message
     assert "\n" not in message
-    assert time.monotonic() - began < 40
+    assert time.monotonic() - began < 60
 
 
 @slow
-def test_a_process_that_ends_later_is_reported_and_the_run_can_be_restarted(start):
-    first, second = start(0, 2, 10, "a", "b"), start(1, 2, 10, "a", "exit")
-    second.wait(timeout=60)
-    kind, status, message = output(first)
-    assert (kind, status) == ("ProcessLostError", 1)
-    assert "process 0 of 2 lost the connection" in message
-    assert "\n" not in message
+@pytest.mark.parametrize("ending", ["exit", "kill"])
+@pytest.mark.parametrize("which", [0, 2])
+def test_a_process_that_ends_later_is_reported_and_the_run_can_be_restarted(which, ending):
+    others = {"texts": ["a", "b"]}
+    found = pod(*[{"texts": ["a", ending, "c"]} if i == which else others for i in range(3)])
+    assert found[which][0] == (0 if ending == "exit" else -signal.SIGKILL)
+    for index in {0, 1, 2} - {which}:
+        _, (kind, status, message) = found[index]
+        assert [kind, status] == LOST
+        assert f"process {index} of 3 lost the connection" in message
+        assert "\n" not in message
+
+
+# Process 0, which ends as soon as another has found it.
+PROCESS_0 = """
+import sys
+import torch.distributed as dist
+
+dist.TCPStore("localhost", int(sys.argv[1]) + 1, 2, is_master=True)
+"""
+
+
+@slow
+def test_a_process_0_that_ends_before_all_have_joined_can_be_restarted(monkeypatch):
+    """A user error would make infra/watch.sh give up."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1] - 1)
+    monkeypatch.setenv("MASTER_PORT", port)
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    first = subprocess.Popen([sys.executable, "-c", PROCESS_0, port])
+    with pytest.raises(ProcessLostError, match="process 1 of 2 lost the connection") as raised:
+        join_hosts(1, 2, timeout=timedelta(seconds=60))
+    assert first.wait(timeout=60) == 0
+    assert raised.value.exit_status == EXIT_CONNECTION_LOST
 
 
 def test_a_single_process_needs_no_group():

@@ -147,6 +147,15 @@ def test_invalid_files_are_refused(tmp_path, text, message):
         write(tmp_path, text)
 
 
+def test_a_file_that_is_not_text_and_a_folder_without_rules_are_refused(tmp_path):
+    (tmp_path / "image.yaml").write_bytes(b"\x89PNG\xff")
+    with pytest.raises(ValueError, match=r"image\.yaml cannot be read"):
+        load_rules([str(tmp_path / "image.yaml")])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"mesh\.sharding: the folder .*empty has no \.yaml files"):
+        load_rules([str(tmp_path / "empty")])
+
+
 def test_a_later_file_takes_precedence(tmp_path):
     own = tmp_path / "own.yaml"
     own.write_text("networks: [DiTDH]\nparameters: [{pattern: '.', spec: []}]\n")

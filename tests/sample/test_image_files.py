@@ -2,12 +2,16 @@
 
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from rae_xla.config.paths import StoragePath
+from rae_xla.errors import UserError
 from rae_xla.sample import image_files
 from rae_xla.sample.image_files import ImageFiles, ImageWriter, write_npz
+from rae_xla.sample.sample_set import claim_folder
 
 COUNT = 7
 
@@ -55,7 +59,8 @@ def test_interrupted_packing_is_completed(tmp_path):
     packed = (tmp_path / "001.tar").read_bytes()
     # killed while the tar was written, then while the folder was removed
     (tmp_path / "001.tar").unlink()
-    (tmp_path / "001.tar.unfinished").write_bytes(packed[:700])
+    (tmp_path / "001.tar.unfinished").write_bytes(packed[:700])  # by an earlier version
+    (tmp_path / "001.tar.tmp-0a1b2c3d").write_bytes(packed[:700])
     write(files, [3, 4, 5])
     assert files.existing() == set(range(COUNT))
     files.pack()
@@ -67,19 +72,20 @@ def test_interrupted_packing_is_completed(tmp_path):
 
 def test_npz_equals_that_of_numpy_and_is_written_image_by_image(tmp_path):
     path = tmp_path / "samples.npz"
-    unfinished = tmp_path / "samples.npz.unfinished"
+    (tmp_path / "samples.npz.tmp-0a1b2c3d").write_bytes(b"left by a killed process")
     big = np.random.default_rng(0).integers(0, 256, (6, 128, 128, 3), dtype=np.uint8)
     sizes = []
 
     def one_by_one():
         for image in big:
+            [unfinished] = tmp_path.glob("samples.npz.tmp-*")
             sizes.append(unfinished.stat().st_size)
             yield image
 
     write_npz(path, one_by_one(), big.shape, np.arange(6))
     # when an image is requested, the earlier ones are in the file, except for its buffer
     assert all(size > i * big[0].size - 2**16 for i, size in enumerate(sizes))
-    assert not unfinished.exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["samples.npz"]
     with np.load(path) as arrays:
         assert np.array_equal(arrays["arr_0"], big)
         assert arrays["labels"].tolist() == list(range(6))
@@ -90,9 +96,20 @@ def test_reading_keeps_only_a_block_in_memory(tmp_path, monkeypatch):
     files = ImageFiles(tmp_path, "flat", COUNT)
     write(files)
     read = []
-    monkeypatch.setattr(files, "read", lambda i: read.append(i) or files.path(i).read_bytes())
+    monkeypatch.setattr(files, "read", lambda i: read.append(i) or Path(files.path(i)).read_bytes())
     for yielded, _ in enumerate(files.images(workers=2), start=1):
         assert len(read) <= yielded + 2
+
+
+def test_a_damaged_image_is_named(tmp_path):
+    for layout, where in (("flat", r"flat/000001\.png"), ("tar", r"tar/000\.tar: 000001\.png")):
+        files = ImageFiles(tmp_path / layout, layout, COUNT)
+        write(files)
+        path = Path(files.path(1))
+        path.write_bytes(path.read_bytes()[:60])
+        files.pack()
+        with pytest.raises(UserError, match=f"{where}: not a readable image"):
+            list(files.images(workers=1))
 
 
 def test_writer_waits_for_a_slow_disk_and_raises_its_errors(tmp_path, monkeypatch):
@@ -116,3 +133,19 @@ def test_writer_waits_for_a_slow_disk_and_raises_its_errors(tmp_path, monkeypatc
     one_more.join()
     with pytest.raises(OSError, match="disk full"):
         writer.__exit__(None, None, None)
+
+
+def test_images_without_settings_do_not_become_part_of_a_set(tmp_path):
+    """They may be the user's own photographs, or of a set with other settings."""
+    backend = SimpleNamespace(process_index=0, all_gather_text=lambda text: [text])
+
+    def claim(folder):
+        files = ImageFiles(folder, "flat", COUNT)
+        claim_folder(StoragePath(folder), {}, backend, lambda _: bool(files.existing()))
+
+    claim(tmp_path / "new")
+    write(ImageFiles(tmp_path / "new", "flat", COUNT), [0])
+    claim(tmp_path / "new")
+    (tmp_path / "new/settings.json").unlink()
+    with pytest.raises(UserError, match=r"but no settings\.json.*another --out"):
+        claim(tmp_path / "new")

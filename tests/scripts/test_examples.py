@@ -19,6 +19,8 @@ ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "scripts" / "examples"
 RECIPES = sorted(EXAMPLES.glob("stage1_*.sh"))
 DIFFUSION = sorted(EXAMPLES.glob("stage2_*.sh"))
+# Their configurations are the bases of those of stage1_dinov3_l_one_gpu and stage2_raev2_s.
+BASES = ("stage1_dinov3_l", "stage2_raev2_xl")
 ALL = sorted({*EXAMPLES.glob("*.sh")} - {EXAMPLES / "lib_examples.sh"})
 
 # `rae-xla` for the scripts: a client of tiny.rae_xla, which has imported everything already.
@@ -54,6 +56,12 @@ def programs(tmp_path_factory):
         yield {"PATH": f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}",
                "RAE_XLA_SERVER": str(folder / "socket")}  # fmt: skip
         server.shutdown()
+
+
+def smoked(paths: list[Path]) -> list:
+    """Return the scripts as parameters; those of base configurations run in nightly tests."""
+    marks = {path: [pytest.mark.nightly] if path.stem in BASES else [] for path in paths}
+    return [pytest.param(path, marks=marks[path], id=path.stem) for path in paths]
 
 
 def run(script: str, *arguments: object, **more: str) -> subprocess.CompletedProcess:
@@ -95,7 +103,10 @@ def test_examples_exist_and_are_short():
 
 def test_every_encoder_and_size_has_a_recipe():
     names = {path.stem.removeprefix("stage1_") for path in RECIPES}
-    assert {"dinov2_b", "siglip2_b", "mae_b", "dinov2_b_512", "dinov2_b_one_gpu"} == names
+    assert names == {
+        "dinov2_b", "siglip2_b", "mae_b", "dinov2_b_512", "dinov2_b_one_gpu", "dinov3_l",
+        "dinov3_l_one_gpu",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("path", ALL, ids=lambda p: p.stem)
@@ -143,7 +154,7 @@ def test_bucket_holds_data_and_checkpoints(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", smoked(RECIPES))
 def test_decoder_is_trained_exported_and_evaluated(path, smoke, tmp_path):
     smoke(path.name, tmp_path)
     assert (tmp_path / "checkpoints/step-00000002/manifest.json").exists()
@@ -153,12 +164,28 @@ def test_decoder_is_trained_exported_and_evaluated(path, smoke, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", DIFFUSION, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", smoked(DIFFUSION))
 def test_diffusion_model_is_trained_and_resumed(path, smoke, tmp_path):
     smoke(path.name, tmp_path)
     assert (tmp_path / "checkpoints/step-00000002/manifest.json").exists()
     if path.stem == "stage2_ditdh_s":
         assert "already complete, 2 steps" in smoke(path.name, tmp_path)
+
+
+@pytest.mark.slow
+def test_text_to_image_model_is_trained_tuned_and_sampled(smoke, tmp_path):
+    smoke("t2i_pretrain.sh", tmp_path / "first")
+    smoke("t2i_finetune.sh", tmp_path / "second", FROM=str(tmp_path / "first"))
+    assert (tmp_path / "second/model/config.json").exists()
+    smoke("t2i_one_gpu.sh", tmp_path / "one")
+    assert len(list((tmp_path / "one/images").glob("*-a-*.png"))) == 4
+
+
+@pytest.mark.slow
+def test_text_to_image_model_of_raev2_is_trained_resumed_and_sampled(smoke, tmp_path):
+    smoke("t2i_raev2.sh", tmp_path)
+    assert len(list((tmp_path / "images").glob("*-a-*.png"))) == 4
+    assert "already complete, 2 steps" in smoke("t2i_raev2.sh", tmp_path)
 
 
 @pytest.mark.slow

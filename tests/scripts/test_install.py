@@ -222,6 +222,74 @@ def test_extras_of_each_accelerator(machine, accelerator, extras):
     assert "--constraint requirements.lock" in machine.installed
 
 
+# A uv that can install Python 3.12.
+UV_WITH_PYTHON = """#!/usr/bin/env bash
+case "$1 ${2:-}" in
+    "python install") [[ ! -e $BREAK ]] && cp "$PYTHON_3_12" "$HOME/python3.12" ;;
+    "python find") [[ $3 == --system ]] && echo "$HOME/python3.12" ;;
+    "venv "*) mkdir -p "${!#}/bin" && cp "$4" "${!#}/bin/python" ;;
+    "pip "*) echo "uv $*" >> "$CALLS" ;;
+esac
+"""
+
+
+@pytest.fixture
+def tpu_vm(tmp_path):
+    """A TPU VM, whose newest Python is 3.10."""
+    machine = Machine(tmp_path)
+    machine.program("python3.10", PYTHON)
+    python = tmp_path / "python"
+    python.write_text(PYTHON)
+    python.chmod(0o755)
+    machine.environment["PYTHON_3_12"] = str(python)
+    return machine
+
+
+def test_a_tpu_vm_gets_a_python_that_can_run_flash_attention(tpu_vm):
+    tpu_vm.program("uv", UV_WITH_PYTHON)
+    result = tpu_vm.install("--accelerator tpu")
+    assert result.returncode == 0, result.stderr
+    assert f"Python: {tpu_vm.environment['HOME']}/python3.12\n" in result.stdout
+    assert "Python 3.12 is being installed" in result.stderr
+    assert "--editable .[tpu,xla" in tpu_vm.installed
+    assert "ready: .venv, tpu (as before)" in tpu_vm.install().stdout
+
+
+def test_uv_is_installed_to_install_python(tpu_vm):
+    uv = tpu_vm.program("uv-of-pip", UV_WITH_PYTHON)
+    pip = '[[ $* != *--target* ]] || { mkdir -p "$6/bin" && cp "$UV" "$6/bin/uv"; exit; }'
+    tpu_vm.program("python3.10", PYTHON.replace('case "$1', f'{pip}\ncase "$1'))
+    tpu_vm.environment["UV"] = str(uv)
+    result = tpu_vm.install("--accelerator tpu")
+    assert result.returncode == 0, result.stderr
+    assert "/python3.12\n" in result.stdout
+    assert (Path(tpu_vm.environment["HOME"]) / ".cache/rae_xla/uv/bin/uv").exists()
+
+
+def test_without_a_network_a_tpu_vm_keeps_its_python(tpu_vm):
+    tpu_vm.program("uv", UV_WITH_PYTHON)
+    tpu_vm.broken.touch()
+    result = tpu_vm.install("--accelerator tpu")
+    assert result.returncode == 0, result.stderr
+    assert f"Python: {tpu_vm.bin}/python3.10\n" in result.stdout
+    assert "attention will be slower" in result.stderr
+
+
+@pytest.mark.parametrize("accelerator", ["cpu", "cuda"])
+def test_other_machines_keep_their_python(tpu_vm, accelerator):
+    tpu_vm.program("uv", UV_WITH_PYTHON)
+    result = tpu_vm.install(f"--accelerator {accelerator}")
+    assert f"Python: {tpu_vm.bin}/python3.10\n" in result.stdout
+
+
+def test_a_newer_python_of_a_tpu_vm_is_used(tpu_vm):
+    tpu_vm.program("python3.11", PYTHON)
+    tpu_vm.program("uv", UV_WITH_PYTHON)
+    result = tpu_vm.install("--accelerator tpu")
+    assert f"Python: {tpu_vm.bin}/python3.11\n" in result.stdout
+    assert "being installed" not in result.stderr
+
+
 def test_uv_is_used_where_available(machine):
     machine.program("uv", UV)
     result = machine.install()

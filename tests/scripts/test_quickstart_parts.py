@@ -213,12 +213,12 @@ class TestReport:
         lines = [{"step": 1, "train/loss": 3.0}, {"step": 2, "train/loss": 9.0}]
         lines += [{"step": 2, "train/loss": 2.0}, {"step": 3, "train/loss": 1.0}]
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        steps, losses = script("report").read_losses(path)
+        steps, losses = script("page").read_losses(path)
         assert steps.tolist() == [1, 2, 3]
         assert losses.tolist() == [3.0, 2.0, 1.0]
 
     def test_running_mean(self):
-        means = script("report").running_mean(np.array([1.0, 3.0, 5.0, 7.0]), 2)
+        means = script("page").running_mean(np.array([1.0, 3.0, 5.0, 7.0]), 2)
         assert means.tolist() == [1, 2, 4, 6]
 
 

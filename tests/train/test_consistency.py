@@ -127,6 +127,7 @@ try:
     print("same")
 except UserError as error:
     print(error)
+process_group.leave()
 """
 
 

@@ -16,7 +16,8 @@ from rae_xla.config import MeshConfig
 from rae_xla.config.schema import RuntimeConfig
 from rae_xla.runtime import start
 
-pytestmark = pytest.mark.xla
+# By default test_gan_training_xla.py compares steps on XLA with those of plain torch.
+pytestmark = [pytest.mark.xla, pytest.mark.nightly]
 
 
 def test_the_recorded_step(monkeypatch):

@@ -15,7 +15,8 @@ NAN = float("nan")
 
 def make_window(accelerator=None, memory=None, fetch_later=lambda result: lambda: result):
     backend = SimpleNamespace(
-        synchronize=lambda: None, compilations=lambda: 3, fallbacks=dict, fetch_later=fetch_later,
+        synchronize=lambda: None, compilations=lambda: 3, captures=lambda: 0, fallbacks=dict,
+        fetch_later=fetch_later,
         accelerator=lambda: accelerator, memory=lambda: memory, mesh=SimpleNamespace(size=4),
     )  # fmt: skip
     cadence = Cadence(100, per_epoch=5, global_batch=8, log_every=1, sample_every=0,

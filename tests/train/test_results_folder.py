@@ -39,9 +39,11 @@ def test_it_is_created_and_describes_the_run(tmp_path):
     assert (tmp_path / "new/run/data.txt").read_text() == "data\n"
 
 
-def test_class_names_are_kept_unless_they_are_numbers(tmp_path):
+def test_class_names_are_kept_unless_they_are_numbers_of_imagenet(tmp_path):
+    claim_folder(tmp_path / "imagenet", CONFIG, "data", [str(label) for label in range(1000)])
+    assert recorded_class_names(tmp_path / "imagenet") is None
     claim_folder(tmp_path / "digits", CONFIG, "data", ["0", "1", "2"])
-    assert recorded_class_names(tmp_path / "digits") is None
+    assert recorded_class_names(tmp_path / "digits") == ("0", "1", "2")
     claim_folder(tmp_path / "shapes", CONFIG, "data", ["circle", "square"])
     assert recorded_class_names(tmp_path / "shapes") == ("circle", "square")
 
@@ -94,7 +96,7 @@ def test_checkpoints_of_an_older_version_are_not_overwritten(tmp_path):
 
 def test_numbers_survive_the_manifest(tmp_path):
     """YAML 1.1 parses 1e-08, as JSON writes it, as a string."""
-    small = other(optimizer=replace(CONFIG.training.optimizer, eps=1e-8, lr=1e22))
+    small = other(optimizer=replace(CONFIG.training.optimizer, eps=1e-8), skip_grad_norm=1e22)
     save(tmp_path / "checkpoints", 10)
     manifest = json.loads((tmp_path / "checkpoints/step-00000010/manifest.json").read_text())
     manifest["config"] = small.to_dict()

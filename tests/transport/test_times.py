@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from golden_case import Case, load_case
@@ -23,6 +25,17 @@ def test_shift_matches_golden_values(recorded: Case) -> None:
         assert_close(shifted, recorded[f"out.shift_grid.{row['i']}"], rtol=1e-6, atol=1e-7)
         assert shifted[0] == 0
         assert shifted[-1] == 1
+
+
+def test_shift_preserves_0_and_1_and_the_order() -> None:
+    ends = torch.tensor([0.0, 1.0])
+    shifts = [math.sqrt(dim / 4096) for dim in range(4096, 2_000_000, 1024)]
+    for shift in (*shifts, 0.1, 1.0, 1e3):
+        assert shift_time(ends, shift).tolist() == [0.0, 1.0]
+    grid = torch.linspace(0, 1, 1001)
+    shifted = shift_time(grid, math.sqrt(24))
+    assert (shifted.diff() > 0).all()
+    assert torch.equal(shift_time(grid, 1.0), grid)
 
 
 def test_sampled_times_match_golden_values(recorded: Case) -> None:

@@ -157,7 +157,7 @@ def save_index(
         **({"folder": shards_folder} if shards_folder is not None else {}),
         "samples": len(samples),
         "bytes": sum(shard.bytes for shard in shards),
-        "labels": {"min": int(samples["label"].min()), "max": int(samples["label"].max())},
+        **({"images": False} if not len(samples) else {"labels": _label_range(samples)}),
         "table": {"file": TABLE_FILE, "sha256": hashlib.sha256(table).hexdigest()},
         "classes": list(class_names),
         "shards": [vars(shard) for shard in shards],
@@ -165,6 +165,10 @@ def save_index(
     storage.write_bytes(storage.join(folder, TABLE_FILE), table)
     text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
     storage.write_bytes(storage.join(folder, INDEX_FILE), text.encode())
+
+
+def _label_range(samples: NDArray[np.void]) -> dict[str, int]:
+    return {"min": int(samples["label"].min()), "max": int(samples["label"].max())}
 
 
 def open_index(path: str, num_classes: int | None = None) -> ShardIndex:
@@ -180,7 +184,7 @@ def open_index(path: str, num_classes: int | None = None) -> ShardIndex:
     """
     index = read_index(path)
     try:
-        present = storage.list_files(index.folder)
+        present = list_shards(index)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             f"{path}: the index describes shards in {index.folder}, which does not exist; restore "
@@ -207,6 +211,8 @@ def _overwritten(index: ShardIndex, present: Mapping[str, storage.FileInfo]) -> 
     """
 
     def fault(shard: Shard, end: int) -> str | None:
+        if not shard.file.lower().endswith(".tar"):
+            return None  # a single image: reading it checks all of it
         if present[shard.file].md5 is not None and shard.md5 is not None:
             return None
         row = index.samples[end - 1]
@@ -218,6 +224,21 @@ def _overwritten(index: ShardIndex, present: Mapping[str, storage.FileInfo]) -> 
     with ThreadPoolExecutor(32) as pool:
         faults = pool.map(fault, index.shards, index.ends.tolist())
         return [text for text in faults if text is not None]
+
+
+def list_shards(index: ShardIndex) -> dict[str, storage.FileInfo]:
+    """Return the files of the folder of the shards, and of those sub-folders that have shards.
+
+    Raises:
+        FileNotFoundError: the folder does not exist.
+    """
+    present = dict(storage.list_files(index.folder))
+    folders = {shard.file.rpartition("/")[0] for shard in index.shards} - {""}
+    for name in sorted(folders):
+        folder = storage.join(index.folder, name)
+        if storage.is_folder(folder):
+            present |= {f"{name}/{file}": x for file, x in storage.list_files(folder).items()}
+    return present
 
 
 def listing_fault(shard: Shard, present: Mapping[str, storage.FileInfo]) -> str | None:
@@ -273,7 +294,9 @@ def read_index(path: str) -> ShardIndex:
         raise UserError(
             f"{file}: not a readable index ({type(error).__name__}: {error}); make the shards again"
         ) from None
-    if not len(samples) or not len(samples) == in_shards == in_total or min(sizes) < 0:
+    wanted = manifest.get("images", True)  # without images: an index of texts alone
+    consistent = len(samples) == in_shards == in_total and bool(len(samples)) == wanted
+    if not consistent or min(sizes, default=0) < 0:
         raise UserError(
             f"{file}: the numbers of samples differ: {in_shards} in the shards, {in_total} in "
             f"total, {len(samples)} in the table; make the shards again"

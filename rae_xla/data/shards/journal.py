@@ -14,13 +14,10 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
 import re
-import socket
 import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,7 +32,9 @@ from rae_xla.data.shards.index import (
     Shard,
     listing_fault,
 )
+from rae_xla.data.shards.texts import TEXT_FILES
 from rae_xla.errors import UserError
+from rae_xla.storage.owner import is_alive, this_process
 
 TOKEN_KEY = "word"
 """Key of the token in ``.writing``; kept from earlier versions, whose attempts compare it."""
@@ -109,7 +108,7 @@ def check_target(folder: str) -> dict[str, storage.FileInfo]:
     present = storage.list_files(folder) if storage.exists(folder) else {}
     if WRITING_FILE in present:
         owner, _ = _read_mark(folder)
-        if _is_alive(owner):
+        if is_alive(owner):
             raise UserError(
                 f"{folder}: shards are being written here by process {owner['pid']}: let it "
                 "finish, or stop it and run this command again"
@@ -192,6 +191,7 @@ def _names_of(prefixes: Iterable[str]) -> re.Pattern[str]:
     """Return a pattern for all files that attempts with these prefixes write, partial ones too."""
     shard = rf"({'|'.join(map(re.escape, prefixes))})-\d{{6,}}"
     mark, table, index = map(re.escape, (WRITING_FILE, TABLE_FILE, INDEX_FILE))
+    table = "|".join([table, *map(re.escape, TEXT_FILES)])
     partial = rf"{re.escape(storage.TEMPORARY_MARK)}\w+"
     return re.compile(rf"({mark}(-{shard})?|{shard}\.tar|{table}|{index})({partial})?")
 
@@ -211,8 +211,7 @@ def _remove(folder: str, name: str) -> None:
 
 
 def _write_mark(folder: str, token: str, recipe: Recipe) -> None:
-    owner = {TOKEN_KEY: token, "host": socket.gethostname(), "pid": os.getpid()}
-    owner["started"] = _started(os.getpid())
+    owner = {TOKEN_KEY: token, **this_process()}
     content = json.dumps({"owner": owner, "recipe": dict(recipe)}, indent=1).encode()
     storage.write_bytes(storage.join(folder, WRITING_FILE), content)
 
@@ -231,30 +230,6 @@ def _read_mark(folder: str) -> tuple[dict[str, Any], dict[str, Any]]:
     if not isinstance(owner, dict) or not isinstance(recipe, dict):
         return {}, {}
     return owner, recipe
-
-
-def _is_alive(owner: Mapping[str, Any]) -> bool:
-    """Return whether an owner is known to run: another process of this machine."""
-    pid, started = owner.get("pid"), owner.get("started")
-    if owner.get("host") != socket.gethostname() or pid == os.getpid() or started is None:
-        return False
-    return isinstance(pid, int) and _started(pid) == started
-
-
-def _started(pid: int) -> str | None:
-    """Return when a process started, to distinguish it from a later one with the same number.
-
-    None if it has ended, and where there is no ``/proc``.
-    """
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return None
-    # After the name, which may contain anything: field 3 is the state (Z: killed, and the parent
-    # has not waited for it), field 22 the start in ticks since the boot. See proc(5).
-    fields = stat.rpartition(")")[2].split()
-    return None if fields[0] in "ZX" else f"{boot} {fields[19]}"
 
 
 def _entry_name(shard_file: str) -> str:

@@ -13,11 +13,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from rae_xla import storage
+from rae_xla.data.image_decoding import ImageError, open_image
 from rae_xla.data.shards.index import ShardIndex
-from rae_xla.data.transforms import DECODE_ERRORS
 from rae_xla.errors import UserError
 
 DEFAULT_EXAMINED = 10_000
@@ -78,10 +77,12 @@ def shard_stats(index: ShardIndex, sample: int = DEFAULT_EXAMINED) -> ShardStats
         sample: number of images to examine.
 
     Raises:
-        UserError: ``sample`` is below 1, or a shard has disappeared.
+        UserError: ``sample`` is below 1, there is no image, or a shard has disappeared.
     """
     if sample < 1:
         raise UserError(f"--sample is {sample}; it must be at least 1")
+    if not len(index):
+        raise UserError(f"{index.folder}: the index has texts, but no image to show statistics of")
     count = min(sample, len(index))
     chosen = [i * len(index) // count for i in range(count)]
     with ThreadPoolExecutor(READERS) as threads:
@@ -151,9 +152,9 @@ def _header(index: ShardIndex, sample: int) -> tuple[str, int, int] | None:
         except FileNotFoundError:
             raise UserError(f"{path}: the shard has disappeared; put it back") from None
         try:
-            with Image.open(io.BytesIO(content)) as image:
+            with open_image(content) as image:
                 return image.format or "unknown", image.width, image.height
-        except DECODE_ERRORS:
+        except ImageError:
             continue
     return None
 

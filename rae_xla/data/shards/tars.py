@@ -1,29 +1,25 @@
-"""WebDataset tar files: find them, and read their samples.
-
-A sample is a sequence of adjacent members whose names are equal up to the first dot. The
-``webdataset`` package is not used for reading: it skips damaged samples, and gives no offsets.
-``tarfile`` takes a tar that was cut between two members for a shorter one, and garbage after a
-member for its end; both are detected here, because a complete tar ends with an empty block.
-"""
+"""Find the tar files that a path names: a folder of them, one file, or a brace pattern."""
 
 from __future__ import annotations
 
-import hashlib
+import os
 import re
-import tarfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import BinaryIO, Literal, cast
+from collections.abc import Collection
 
 from rae_xla import storage
-from rae_xla.data.shards.index import WRITING_FILE
-from rae_xla.data.transforms import IMAGE_EXTENSIONS
+from rae_xla.data.image_finder import FOLDER, HIDDEN, LeftOut
+from rae_xla.data.shards.index import INDEX_FILE, TABLE_FILE, WRITING_FILE
+from rae_xla.data.shards.texts import TEXT_FILES
 from rae_xla.errors import UserError
 
-LABEL_EXTENSION = "cls"
-
-READ_BYTES = 256 << 10
-"""Bytes per read of a stream: enough that hashing and copying take the time, not the calls."""
+_COMPRESSED = {
+    ("tar.gz", "tgz"): "gunzip",
+    ("tar.bz2", "tbz2", "tbz"): "bunzip2",
+    ("tar.xz", "txz"): "unxz",
+    ("tar.zst", "tzst"): "unzstd",
+    ("tar.lz4",): "unlz4",
+}
+"""Extensions of compressed tars, and the command that decompresses them."""
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
 
@@ -31,26 +27,19 @@ _BRACES = re.compile(r"\{([^{}]*)\}")
 def tar_files(source: str) -> list[str]:
     """Return the paths of the tar files that ``source`` names.
 
+    What else is in a folder is logged.
+
     Args:
         source: a folder (its files are sorted by name), one file, or a brace pattern such as
             ``x-{0000..1023}.tar``; local or ``gs://``.
 
     Raises:
-        UserError: there are none, some do not exist, or the folder is being written.
+        UserError: there are none, some do not exist or are compressed, or the folder is being
+            written.
     """
+    refuse_compressed([source])
     if not is_tar_pattern(source):
-        if not storage.is_folder(source):
-            raise UserError(f"{source}: no such folder or tar file")
-        present = storage.list_files(source)
-        if WRITING_FILE in present:
-            raise UserError(
-                f"{source}: shards are being written here, or writing them was interrupted: let "
-                "`rae-xla shards make` finish first"
-            )
-        names = sorted(n for n in present if n.lower().endswith(".tar") and n[0] != ".")
-        if not names:
-            raise UserError(f"{source}: there is no .tar file in this folder")
-        return [storage.join(source, name) for name in names]
+        return _tars_of_folder(source)
     paths = expand_braces(source)
     folders = sorted({storage.split(path)[0] for path in paths})
     listed = {
@@ -66,6 +55,78 @@ def tar_files(source: str) -> list[str]:
             "files"
         )
     return paths
+
+
+def _tars_of_folder(folder: str) -> list[str]:
+    if not storage.is_folder(folder):
+        raise UserError(f"{folder}: no such folder or tar file")
+    present = storage.list_files(folder)
+    if WRITING_FILE in present:
+        raise UserError(
+            f"{folder}: shards are being written here, or writing them was interrupted: let "
+            "`rae-xla shards make` finish first"
+        )
+    names = sorted(name for name in present if is_tar(name))
+    left_out = other_files(folder, present)
+    if not names:
+        refuse_compressed([storage.join(folder, name) for name in sorted(present)])
+        found = f" (it contains {left_out})" if left_out.counts else ""
+        raise UserError(f"{folder}: there is no .tar file in this folder{found}")
+    left_out.log(folder)
+    return [storage.join(folder, name) for name in names]
+
+
+def is_tar(name: str) -> bool:
+    """Return whether a file is taken for a tar, by its name."""
+    return name.lower().endswith(".tar") and not name.startswith(".")
+
+
+def other_files(folder: str, present: Collection[str], known: Collection[str] = ()) -> LeftOut:
+    """Return what a folder contains besides its tars and their index.
+
+    Args:
+        folder: local or ``gs://``.
+        present: the names of its files.
+        known: further files that an index lists, relative to the folder.
+
+    Raises:
+        UserError: something is named like a tar, but is not a file.
+    """
+    left_out = LeftOut()
+    ours = {INDEX_FILE, TABLE_FILE, *TEXT_FILES, *known}
+    for name in sorted(set(present) - ours):
+        if name.startswith("."):
+            left_out.add(HIDDEN, name)
+        elif not is_tar(name):
+            left_out.add_file(name)
+    folders = storage.list_folders(folder)
+    for name in sorted(set(folders) - {file.partition("/")[0] for file in known}):
+        left_out.add(HIDDEN if name.startswith(".") else FOLDER, name)
+    if not storage.is_remote(folder):
+        for name in sorted(set(os.listdir(folder)).difference(present, folders)):
+            if is_tar(name):
+                raise UserError(
+                    f"{storage.join(folder, name)}: a link without a target, or not a file: "
+                    "remove it, or restore the file"
+                )
+            left_out.add("link without a target, pipe or socket", name)
+    return left_out
+
+
+def refuse_compressed(paths: Collection[str]) -> None:
+    """Raise if there are compressed tars among ``paths``.
+
+    Raises:
+        UserError: the message has the command that decompresses them.
+    """
+    for extensions, command in _COMPRESSED.items():
+        endings = tuple(f".{extension}" for extension in extensions)
+        if found := [path for path in paths if path.lower().endswith(endings)]:
+            more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+            raise UserError(
+                f"{found[0]}{more}: the tar is compressed, and samples are read by their byte "
+                f"range, which needs plain tars: decompress it first (`{command} FILE`)"
+            )
 
 
 def is_tar_pattern(source: str) -> bool:
@@ -98,176 +159,3 @@ def expand_braces(pattern: str) -> list[str]:
         )
     before, after = pattern[: match.start()], expand_braces(pattern[match.end() :])
     return [before + choice + rest for choice in choices for rest in after]
-
-
-class DamagedTarError(Exception):
-    """A file is not a tar file, or is incomplete."""
-
-
-@dataclass
-class TarSample:
-    """A sample in a tar file.
-
-    Attributes:
-        key: common name of its members.
-        extensions: of its members.
-        label: text of its ``.cls`` member.
-        image: bytes of its image, if they were read.
-        offset: of the image in the tar, in bytes.
-        size: of the image, in bytes.
-        repeated: an earlier sample has the same key.
-    """
-
-    key: str
-    extensions: list[str] = field(default_factory=list)
-    label: bytes | None = None
-    image: bytes | None = None
-    offset: int = 0
-    size: int = 0
-    repeated: bool = False
-
-    @property
-    def has_image(self) -> bool:
-        """Whether a member has the extension of an image."""
-        return any(extension in IMAGE_EXTENSIONS for extension in self.extensions)
-
-    def fault(self) -> str | None:
-        """Return why the sample cannot be used, or None if it can."""
-        images = [extension for extension in self.extensions if extension in IMAGE_EXTENSIONS]
-        if self.repeated:
-            return "the key appears a second time"
-        if not images:
-            return f"the image is missing (there is only {self._members()})"
-        if len(images) > 1:
-            return f"there are {len(images)} images ({self._members()})"
-        if self.label is None:
-            return f"the label is missing (no .cls member, only {self._members()})"
-        if self.extensions.count(LABEL_EXTENSION) > 1:
-            return "there are two labels"
-        if parse_label(self.label) is None:
-            return f"the label {self.label[:20]!r} is not a number from 0"
-        return None
-
-    def _members(self) -> str:
-        return ", ".join(f".{extension}" for extension in self.extensions)
-
-
-def parse_label(text: bytes) -> int | None:
-    """Return the decimal label of a ``.cls`` member; None if it is not one."""
-    stripped = text.strip()
-    return int(stripped) if stripped.isdigit() and len(stripped) < 10 else None
-
-
-def read_samples(file: HashingReader) -> Iterator[TarSample]:
-    """Yield the samples of a tar with their images, in one sequential pass.
-
-    Raises:
-        DamagedTarError: the tar is damaged; the complete samples before are yielded first.
-    """
-    return _samples(cast(BinaryIO, file), "r|", file.block_at, with_images=True)
-
-
-def scan_samples(file: BinaryIO) -> Iterator[TarSample]:
-    """Yield the samples of a tar without their images, which are not read if ``file`` can seek.
-
-    Raises:
-        DamagedTarError: the tar is damaged; the complete samples before are yielded first.
-    """
-    if not file.seekable():
-        forward = HashingReader(file, checksums=False)
-        return _samples(cast(BinaryIO, forward), "r|", forward.block_at, with_images=False)
-
-    def block_at(position: int) -> bytes:
-        file.seek(position)
-        return file.read(tarfile.BLOCKSIZE)
-
-    return _samples(file, "r:", block_at, with_images=False)
-
-
-def _samples(
-    file: BinaryIO,
-    mode: Literal["r|", "r:"],
-    block_at: Callable[[int], bytes],
-    with_images: bool,
-) -> Iterator[TarSample]:
-    current: TarSample | None = None
-    keys: set[str] = set()
-    try:
-        with tarfile.open(fileobj=file, mode=mode, bufsize=READ_BYTES) as tar:
-            for member in tar:
-                # tarfile would keep all headers: more than 1 GB for a million members.
-                tar.members = []  # type: ignore[attr-defined]
-                key, extension = _key_and_extension(member)
-                if not key:
-                    continue
-                if current is None or key != current.key:
-                    if current is not None:
-                        yield current
-                    current = TarSample(key, repeated=key in keys)
-                    keys.add(key)
-                current.extensions.append(extension)
-                if extension == LABEL_EXTENSION:
-                    current.label = _content(tar, member)
-                elif extension in IMAGE_EXTENSIONS:
-                    current.offset, current.size = member.offset_data, member.size
-                    if with_images:
-                        current.image = _content(tar, member)
-            if current is not None:
-                yield current
-            if block_at(tar.offset) != bytes(tarfile.BLOCKSIZE):
-                raise DamagedTarError(f"truncated, or garbage, at byte {tar.offset:,}")
-    except (tarfile.TarError, EOFError, ValueError) as error:
-        raise DamagedTarError(str(error)) from None
-
-
-def _key_and_extension(member: tarfile.TarInfo) -> tuple[str, str]:
-    """Return ``("folder/name", "ext")`` of a file; empty strings if it is not part of a sample."""
-    folder, slash, name = member.name.rpartition("/")
-    stem, dot, extension = name.partition(".")
-    # The bytes of a sparse file are not contiguous, so no range read could return them.
-    if not member.isreg() or member.issparse() or not stem or not dot:
-        return "", ""
-    return folder + slash + stem, extension.lower()
-
-
-def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    file = tar.extractfile(member)
-    assert file is not None, "only called for regular files"
-    return file.read()
-
-
-class HashingReader:
-    """Wraps a file that is read sequentially; counts the bytes and computes checksums.
-
-    Args:
-        file: to read from.
-        checksums: compute ``sha256`` and ``md5``.
-    """
-
-    def __init__(self, file: BinaryIO, checksums: bool = True) -> None:
-        self._file = file
-        self._checksums = checksums
-        self._last = b""
-        self.position = 0
-        self.sha256 = hashlib.sha256()
-        self.md5 = hashlib.md5(usedforsecurity=False)
-
-    def read(self, length: int = -1) -> bytes:
-        """Return the next ``length`` bytes; fewer only at the end."""
-        content = self._file.read(length)
-        if self._checksums:
-            self.sha256.update(content)
-            self.md5.update(content)
-        self.position += len(content)
-        self._last = content or self._last
-        return content
-
-    def block_at(self, position: int) -> bytes:
-        """Return the part of a tar block that was in the last read; empty if none was."""
-        start = position - (self.position - len(self._last))
-        return self._last[start : start + tarfile.BLOCKSIZE] if start >= 0 else b""
-
-    def drain(self) -> None:
-        """Read to the end of the file."""
-        while self.read(1 << 20):
-            pass

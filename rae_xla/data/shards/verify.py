@@ -2,27 +2,40 @@
 
 from __future__ import annotations
 
-import io
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from rae_xla import storage
-from rae_xla.data.shards.index import Shard, ShardIndex, listing_fault, read_index
-from rae_xla.data.shards.tars import (
+from rae_xla.data.image_decoding import ImageError, decode_rgb
+from rae_xla.data.image_finder import ImageNotes, LeftOut
+from rae_xla.data.shards.index import (
+    Shard,
+    ShardIndex,
+    list_shards,
+    listing_fault,
+    read_index,
+)
+from rae_xla.data.shards.tar_faults import DamagedTarError
+from rae_xla.data.shards.tar_samples import (
     LABEL_EXTENSION,
-    DamagedTarError,
     HashingReader,
     TarSample,
     parse_label,
     read_samples,
 )
+from rae_xla.data.shards.tars import is_tar, other_files
+from rae_xla.data.shards.texts import LINES_FILE, has_texts
+from rae_xla.data.shards.verify_captioned import (
+    ShardContents,
+    captioned_tasks,
+    read_captioned_shard,
+    text_faults,
+)
 from rae_xla.data.shards.worker_pool import ordered_map
-from rae_xla.data.transforms import DECODE_ERRORS
 
 
 @dataclass(frozen=True)
@@ -39,7 +52,10 @@ class Fault:
 def verify(
     path: str, progress: Callable[[int], object] | None = None, workers: int = 1
 ) -> list[Fault]:
-    """Compare every shard with the index, decode every image, parse every label.
+    """Compare every shard with the index, decode every image, parse every label or text.
+
+    What is neither a sample nor a fault (members that are not used, other files in the folder) is
+    logged, and so is what is not read of images (an EXIF rotation, more frames).
 
     Args:
         path: the folder of the index, or its ``index.json``.
@@ -53,27 +69,34 @@ def verify(
         UserError: the index itself cannot be read.
     """
     index = read_index(path)
-    present = storage.list_files(index.folder) if storage.exists(index.folder) else {}
+    folder = storage.split(path)[0] if path.endswith(".json") else path
+    present = list_shards(index) if storage.exists(index.folder) else {}
     faults: list[Fault] = []
-    tasks = _tasks(index, present)
-    for shard, texts in zip(index.shards, ordered_map(_shard_faults, tasks, workers), strict=True):
-        faults += (Fault(shard.file, text) for text in texts)
+    found: Iterator[ShardContents]
+    if has_texts(folder):
+        faults += (Fault(LINES_FILE, fault) for fault in text_faults(index, folder))
+        found = ordered_map(read_captioned_shard, captioned_tasks(index, present), workers)
+    else:
+        found = ordered_map(_read_shard, _tasks(index, present), workers)
+    members, notes = LeftOut(), ImageNotes()
+    for shard, contents in zip(index.shards, found, strict=True):
+        faults += (Fault(shard.file, text) for text in contents.faults)
+        members.merge(contents.left_out)
+        notes.merge(contents.notes)
         if progress is not None:
             progress(shard.samples)
-    known = {shard.file for shard in index.shards}
-    if _is_in_shards_folder(path, index):
+    members.log(f"{index.folder}: members of the tars")
+    notes.log(index.folder)
+    if storage.real_path(folder) == storage.real_path(index.folder):
+        known = {shard.file for shard in index.shards}
+        listed = {name for name in present if "/" not in name}
         faults += (
             Fault(name, "is in the folder but not in the index")
-            for name in sorted(present)
-            if name.endswith(".tar") and name not in known
+            for name in sorted(listed - known)
+            if is_tar(name)
         )
+        other_files(index.folder, listed, known).log(index.folder)
     return faults
-
-
-def _is_in_shards_folder(path: str, index: ShardIndex) -> bool:
-    """Return whether the index is in the folder of its shards, of which it should list all."""
-    folder = storage.split(path)[0] if path.endswith(".json") else path
-    return storage.real_path(folder) == storage.real_path(index.folder)
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,12 +128,14 @@ def _tasks(index: ShardIndex, present: dict[str, storage.FileInfo]) -> Iterator[
         first += shard.samples
 
 
-def _shard_faults(task: _Task) -> list[str]:
-    """Return the faults of one shard, in the order in which they are found."""
-    return list(_find_faults(task))
+def _read_shard(task: _Task) -> ShardContents:
+    contents = ShardContents()
+    contents.faults = list(_find_faults(task, contents))
+    return contents
 
 
-def _find_faults(task: _Task) -> Iterator[str]:
+def _find_faults(task: _Task, contents: ShardContents) -> Iterator[str]:
+    """Yield the faults of a shard, and add to the other attributes of ``contents``."""
     shard = task.shard
     if task.listing_fault is not None:
         yield task.listing_fault
@@ -123,12 +148,12 @@ def _find_faults(task: _Task) -> Iterator[str]:
         with storage.open_read(task.path) as raw:
             file = HashingReader(raw)
             try:
-                for sample in read_samples(file):
+                for sample in read_samples(file, contents.left_out):
                     if seen < shard.samples:
-                        yield from _sample_faults(sample, task, seen)
+                        yield from _sample_faults(sample, task, seen, contents.notes)
                     seen += 1
             except DamagedTarError as error:
-                yield f"not a complete tar after {seen} samples ({error})"
+                yield error.describe(seen)
             file.drain()
     except OSError as error:
         yield f"cannot be read ({error})"
@@ -143,12 +168,15 @@ def _find_faults(task: _Task) -> Iterator[str]:
         yield "has the right content, but another MD5 in the index: make the index again"
 
 
-def _sample_faults(sample: TarSample, task: _Task, number: int) -> Iterator[str]:
+def _sample_faults(sample: TarSample, task: _Task, number: int, notes: ImageNotes) -> Iterator[str]:
     """Yield how a sample of a shard differs from the index, and why it cannot be used."""
     row = task.rows[number]
     where = f"sample {task.first + number} ({sample.key})"
     if sample.repeated or len(sample.extensions) != len(set(sample.extensions)):
         yield f"{where}: the key, or one of its members, appears twice"
+    if sample.elsewhere:
+        yield f"{where}: {sample.elsewhere}"
+        return
     if sample.label is None:
         yield f"{where}: the label is missing (no .{LABEL_EXTENSION} member)"
     else:
@@ -161,9 +189,8 @@ def _sample_faults(sample: TarSample, task: _Task, number: int) -> Iterator[str]
     elif zlib.crc32(sample.image) != int(row["crc32"]):
         yield f"{where}: the image changed after the index was written"
     try:
-        with Image.open(io.BytesIO(sample.image)) as image:
-            image.load()
-    except DECODE_ERRORS as error:
+        decode_rgb(sample.image, f"{task.shard.file}: {sample.key}", notes)
+    except ImageError as error:
         yield f"{where}: the image does not decode ({error})"
 
 

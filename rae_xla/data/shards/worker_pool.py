@@ -6,19 +6,18 @@ a killed worker is noticed at once, and all workers end with the main process, h
 
 from __future__ import annotations
 
-import signal
 import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from itertools import islice
-from multiprocessing import get_context
+from multiprocessing import Pipe
 from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
+from rae_xla.data.worker_processes import WorkerProcesses
 from rae_xla.errors import UserError
 
 Item = TypeVar("Item")
@@ -47,8 +46,7 @@ def ordered_map(
     if workers <= 1:
         yield from map(function, items)
         return
-    context = get_context("spawn")  # a fork would copy the locks of gcsfs's threads
-    processes: list[SpawnProcess] = []
+    processes = WorkerProcesses()
     idle: SimpleQueue[Connection] = SimpleQueue()
     # A thread waits for each worker, so that the workers continue while the caller is busy. The
     # pipes are closed after the threads have ended, because the threads read from them.
@@ -56,12 +54,10 @@ def ordered_map(
         ahead: deque[Future[Result]] = deque()
         try:
             for _ in range(workers):
-                ours, theirs = context.Pipe()
+                ours, theirs = Pipe()
                 pipes.enter_context(ours)
                 with theirs:  # closed here; otherwise the pipe would outlive the worker
-                    process = context.Process(target=_worker, args=(theirs, function), daemon=True)
-                    process.start()
-                processes.append(process)
+                    processes.start(_worker, theirs, function)
                 idle.put(ours)
             rest = iter(items)
             ahead.extend(threads.submit(_call, idle, i) for i in islice(rest, AHEAD * workers))
@@ -72,11 +68,7 @@ def ordered_map(
         finally:
             for future in ahead:
                 future.cancel()
-            for process in processes:
-                process.terminate()
-            for process in processes:
-                process.join()
-                process.close()
+            processes.close()
 
 
 def _call(idle: SimpleQueue[Connection], item: Any) -> Any:
@@ -100,8 +92,6 @@ def _call(idle: SimpleQueue[Connection], item: Any) -> Any:
 
 def _worker(pipe: Connection, function: Callable[[Any], Any]) -> None:
     """Run a worker: apply the function to one item after another until the pipe is closed."""
-    # Ctrl-C reaches the whole process group, but only the main process may react to it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     with pipe:
         while True:
             try:

@@ -1,18 +1,21 @@
 """Write WebDataset shards: tar files ``shard-000000.tar`` … and their index.
 
 A sample is two members of a tar with the same key, ``000000042.png`` and ``000000042.cls`` (the
-decimal label), so any WebDataset reader can use the shards. The ``ShardWriter`` of the package
-``webdataset`` is not used, because it cannot resume with byte-identical shards (members carry the
-time of writing) and computes no offsets or checksums for the index.
+decimal label; with captions ``000000042.txt`` or ``.json`` in its place), so any WebDataset reader
+can use the shards. The ``ShardWriter`` of the package ``webdataset`` is not used, because it cannot
+resume with byte-identical shards (members carry the time of writing) and computes no offsets or
+checksums for the index.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
+import json
+import logging
 import tarfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from typing import BinaryIO, cast
@@ -22,12 +25,19 @@ import PIL
 from numpy.typing import NDArray
 
 from rae_xla import storage
+from rae_xla.data.image_decoding import ROTATED
+from rae_xla.data.image_finder import ImageNotes
 from rae_xla.data.shards import journal as shard_journal
+from rae_xla.data.shards.captioned_tar import scan_captioned_tar
 from rae_xla.data.shards.encoding import ShardSample
 from rae_xla.data.shards.index import SAMPLE, Shard, ShardIndex, open_index, save_index
 from rae_xla.data.shards.journal import FinishedShard, Journal, Recipe
+from rae_xla.data.shards.sample_filter import SampleFilter
 from rae_xla.data.shards.sources.base import ImageSource, hash_of
+from rae_xla.data.shards.texts import save_texts
 from rae_xla.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 SHARD_BYTES = 256_000_000
 """Default size of a shard: it holds thousands of samples, and is copied again in seconds."""
@@ -103,19 +113,25 @@ def make_shards(
             written.
     """
     writer = _Writer(str(out_dir), prefix, shard_size_bytes, samples_per_shard)
+    writer.dropped = source.dropped
     recipe = _recipe(source, shard_size_bytes, samples_per_shard, prefix)
     if shard_journal.clear_finished(writer.folder, recipe):
         return open_index(writer.folder)
     journal = shard_journal.claim(writer.folder, recipe)
     for finished in journal.finished:
-        writer.add_finished(finished)
+        writer.add_finished(finished, source.captioned)
     done = writer.count
     try:
         # Closed, so that after an error the workers end before the program does.
+        notes = ImageNotes()
         with closing(source.samples(done)) as samples:
             shown = samples if progress is None else progress(samples, done)
-            for shard, rows in writer.shards(_checked(shown, source.classes, done), journal):
+            checked = _checked(shown, source.classes, done, notes)
+            for shard, rows in writer.shards(checked, journal):
                 journal.record(shard, rows)
+        notes.log(writer.folder)
+        if ROTATED in notes.counts:
+            logger.warning("--upright stores rotated images as they are viewed")
         return writer.finish(source.classes, journal)
     except OSError as error:
         _check_after_failure(journal)
@@ -144,18 +160,29 @@ def _recipe(source: ImageSource, max_bytes: int, max_samples: int | None, prefix
         "--shard-size": max_bytes,
         "--samples-per-shard": max_samples,
         "prefix": prefix,
+        **({"--upright": True} if source.encoding.upright else {}),
         # Another version may encode to other bytes.
         "version of Pillow": PIL.__version__,
     }
 
 
 def _checked(
-    samples: Iterable[ShardSample], classes: Sequence[str] | None, first: int = 0
+    samples: Iterable[ShardSample],
+    classes: Sequence[str] | None,
+    first: int = 0,
+    notes: ImageNotes | None = None,
 ) -> Iterator[ShardSample]:
+    """Yield samples, and add to ``notes`` what is not read of their images.
+
+    Raises:
+        UserError: a label is out of range.
+    """
     for number, sample in enumerate(samples, first):
         if sample.label < 0 or (classes is not None and sample.label >= len(classes)):
             known = "" if classes is None else f" (0 to {len(classes) - 1})"
             raise UserError(f"sample {number} has label {sample.label}, out of range{known}")
+        if sample.notes is not None and notes is not None:
+            notes.merge(sample.notes)
         yield sample
 
 
@@ -170,16 +197,21 @@ class _Writer:
     written: list[Shard] = field(default_factory=list)
     tables: list[NDArray[np.void]] = field(default_factory=list)
     count: int = 0
+    texts: list[bytes] = field(default_factory=list)
+    dropped: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.max_bytes < 1 or (self.max_samples is not None and self.max_samples < 1):
             raise UserError("the limits of a shard must be at least one byte and one sample")
 
-    def add_finished(self, finished: FinishedShard) -> None:
+    def add_finished(self, finished: FinishedShard, captioned: bool = False) -> None:
         """Add a shard that an earlier attempt wrote."""
         self.written.append(finished.shard)
         self.tables.append(finished.rows)
         self.count += finished.shard.samples
+        if captioned:
+            path = storage.join(self.folder, finished.shard.file)
+            self.texts += scan_captioned_tar(path, SampleFilter(min_chars=0)).found.texts
 
     def shards(
         self, samples: Iterator[ShardSample], journal: Journal
@@ -215,6 +247,8 @@ class _Writer:
         table = np.concatenate(self.tables)
         names = classes or [str(label) for label in range(int(table["label"].max()) + 1)]
         journal.check()
+        if self.texts:
+            save_texts(self.folder, self.texts, self.dropped)
         save_index(self.folder, self.written, names, table)
         journal.close()
         return open_index(self.folder)
@@ -227,6 +261,9 @@ class _Writer:
         # Two headers, a label of one block, and the two empty blocks at the end of a tar; tarfile
         # then fills the last record.
         size = file.position + _padded(len(sample.image), tarfile.BLOCKSIZE) + 5 * tarfile.BLOCKSIZE
+        if sample.texts is not None:
+            for _, content in text_members(sample.texts):
+                size += _padded(len(content), tarfile.BLOCKSIZE) + tarfile.BLOCKSIZE
         return _padded(size, tarfile.RECORDSIZE) <= self.max_bytes
 
     def _add(
@@ -235,7 +272,12 @@ class _Writer:
         key = f"{self.count:09d}"
         offset = file.position + tarfile.BLOCKSIZE
         _add_member(tar, f"{key}.{sample.extension}", sample.image)
-        _add_member(tar, f"{key}.cls", str(sample.label).encode())
+        if sample.texts is None:
+            _add_member(tar, f"{key}.cls", str(sample.label).encode())
+        else:
+            for extension, content in text_members(sample.texts):
+                _add_member(tar, f"{key}.{extension}", content)
+            self.texts.append(sample.texts)
         self.count += 1
         return offset, len(sample.image), sample.label, zlib.crc32(sample.image)
 
@@ -245,6 +287,19 @@ def _add_member(tar: tarfile.TarFile, name: str, content: bytes) -> None:
     member = tarfile.TarInfo(name)
     member.size = len(content)
     tar.addfile(member, io.BytesIO(content))
+
+
+def text_members(texts: bytes) -> list[tuple[str, bytes]]:
+    """Return extension and content of the members for the texts of a sample."""
+    return [
+        (
+            extension,
+            value.encode()
+            if isinstance(value, str) and extension != "json"
+            else json.dumps(value, ensure_ascii=False).encode(),
+        )
+        for extension, value in json.loads(texts).items()
+    ]
 
 
 def _padded(length: int, unit: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rae_xla.errors import UserError
+from rae_xla.models.encoders.dinov3 import DINOv3Encoder
 from rae_xla.models.encoders.frozen import (
     DINOv2Encoder,
     FrozenEncoder,
@@ -10,6 +11,8 @@ from rae_xla.models.encoders.frozen import (
     SigLIP2Encoder,
     read_image_statistics,
 )
+from rae_xla.models.encoders.hf_vision import HFVisionEncoder
+from rae_xla.models.encoders.webssl import WebSSLEncoder
 
 ENCODERS: dict[str, type[FrozenEncoder]] = {
     "DINOv2Encoder": DINOv2Encoder,
@@ -18,6 +21,10 @@ ENCODERS: dict[str, type[FrozenEncoder]] = {
     "SigLIP2wNorm": SigLIP2Encoder,
     "MAEEncoder": MAEEncoder,
     "MAEwNorm": MAEEncoder,
+    "WebSSLEncoder": WebSSLEncoder,
+    "DINOv3withNorm": DINOv3Encoder,
+    "DINOv3Encoder": DINOv3Encoder,
+    "HFVisionEncoder": HFVisionEncoder,
 }
 """Encoder classes by our names and by the published ones. Saved models contain the last name of a
 class here. Add an entry to use another encoder: see docs/extending.md.
@@ -42,9 +49,12 @@ def encoder_name(encoder: FrozenEncoder) -> str:
 __all__ = [
     "ENCODERS",
     "DINOv2Encoder",
+    "DINOv3Encoder",
     "FrozenEncoder",
+    "HFVisionEncoder",
     "MAEEncoder",
     "SigLIP2Encoder",
+    "WebSSLEncoder",
     "encoder_name",
     "read_image_statistics",
 ]

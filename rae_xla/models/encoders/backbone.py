@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -155,6 +155,20 @@ class ViTBackbone(nn.Module):
         self.encoder = nn.ModuleDict({"layer": nn.ModuleList(layers)})
         self.layernorm = norm
 
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The blocks, in order."""
+        return cast("nn.ModuleList", self.encoder["layer"])
+
+    @property
+    def final_norm(self) -> nn.Module:
+        """The norm that follows the last block."""
+        return self.layernorm
+
+    def block_inputs(self) -> tuple[Tensor, ...]:
+        """Return what every block receives besides the tokens: nothing."""
+        return ()
+
     def forward(self, images: Tensor) -> Tensor:
         """Encode images (B, 3, H, W) to all tokens (B, num_extra_tokens + N, width)."""
         return self.layernorm(_apply_layers(self.encoder["layer"], self.embeddings(images)))
@@ -176,9 +190,44 @@ class SigLIPBackbone(nn.Module):
         self.post_layernorm = norm
         self.head = head
 
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The blocks, in order."""
+        return cast("nn.ModuleList", self.encoder["layers"])
+
+    @property
+    def final_norm(self) -> nn.Module:
+        """The norm that follows the last block."""
+        return self.post_layernorm
+
+    def block_inputs(self) -> tuple[Tensor, ...]:
+        """Return what every block receives besides the tokens: nothing."""
+        return ()
+
     def forward(self, images: Tensor) -> Tensor:
         """Encode images (B, 3, H, W) to tokens (B, N, width)."""
         return self.post_layernorm(_apply_layers(self.encoder["layers"], self.embeddings(images)))
+
+
+class Backbone(Protocol):
+    """What an encoder requires of its vision transformer, a module."""
+
+    embeddings: Any
+    """Maps images to tokens; has ``num_extra_tokens``, ``grid`` and ``resample``."""
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The blocks, in order."""
+        ...
+
+    @property
+    def final_norm(self) -> nn.Module:
+        """The norm that follows the last block."""
+        ...
+
+    def block_inputs(self) -> tuple[Any, ...]:
+        """Return what every block receives besides the tokens."""
+        ...
 
 
 def square_side(value: int | Iterable[int], key: str) -> int:

@@ -9,7 +9,7 @@ keeps all.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from huggingface_hub.errors import StrictDataclassError
@@ -18,6 +18,7 @@ from transformers import Dinov2WithRegistersConfig, SiglipVisionConfig, ViTMAECo
 
 from rae_xla.errors import UserError
 from rae_xla.models.encoders.backbone import (
+    Backbone,
     PatchEmbeddings,
     SigLIPBackbone,
     SigLIPHead,
@@ -25,7 +26,9 @@ from rae_xla.models.encoders.backbone import (
     ViTBackbone,
     square_side,
 )
+from rae_xla.models.encoders.fusion import LayerFusion, make_fusion
 from rae_xla.models.hf_folder import read_json, read_weights
+from rae_xla.models.intermediate_heads import mark_read_blocks
 from rae_xla.models.vit import DINOv2Layer, SigLIPLayer, ViTBlockConfig, ViTMAELayer
 from rae_xla.models.weights import is_meta, load_strict
 from rae_xla.ops.normalization import LayerNorm
@@ -65,31 +68,53 @@ class FrozenEncoder(nn.Module):
 
 
 class BackboneEncoder(FrozenEncoder):
-    """An encoder around one of the vision transformers of ``encoders.backbone``.
+    """An encoder around one of the vision transformers of this package.
+
+    With a ``fusion`` it returns a combination of the normalised outputs of several blocks, and its
+    state dict contains the fusion (``LayerFusion.code``).
 
     Args:
         backbone_name: attribute name of the backbone, which prefixes the state-dict keys.
-        backbone: the vision transformer.
+        backbone: the vision transformer, a ``Backbone``.
         config: the model's configuration, as transformers parses it.
+        fusion: the blocks to combine; None for the last one alone.
+
+    Raises:
+        UserError: the backbone does not have all blocks of the fusion.
     """
 
     def __init__(
-        self, backbone_name: str, backbone: ViTBackbone | SigLIPBackbone, config: Any
+        self, backbone_name: str, backbone: Any, config: Any, fusion: LayerFusion | None = None
     ) -> None:
         patch_size = square_side(config.patch_size, "patch_size")
         super().__init__(config.to_dict(), config.hidden_size, patch_size)
         self._backbone_name = backbone_name
         self.add_module(backbone_name, backbone)
+        self.fusion = fusion
+        if fusion is not None:
+            fusion.check(len(backbone.blocks))
+            self.register_buffer("fusion_code", fusion.code())
+            mark_read_blocks(backbone.blocks, *(layer + 1 for layer in fusion.layers))
         self.requires_grad_(False)
         self.train(False)
 
     def forward(self, images: Tensor) -> Tensor:
         """Encode normalised images (B, 3, H, W) to patch tokens (B, N, hidden_size), row by row."""
         backbone = self._backbone()
-        return backbone(images)[:, backbone.embeddings.num_extra_tokens :]
+        extra = backbone.embeddings.num_extra_tokens
+        layers = self.fusion.layers if self.fusion is not None else (len(backbone.blocks) - 1,)
+        outputs: dict[int, Tensor] = {}
+        x = backbone.embeddings(images)
+        inputs = backbone.block_inputs()
+        for number, block in enumerate(backbone.blocks[: max(layers) + 1]):
+            x = block(x, *inputs)
+            if number in layers:
+                outputs[number] = backbone.final_norm(x)[:, extra:]
+        tokens = [outputs[layer] for layer in layers]
+        return tokens[0] if self.fusion is None else self.fusion.combine(tokens)
 
-    def _backbone(self) -> ViTBackbone | SigLIPBackbone:
-        return cast("ViTBackbone | SigLIPBackbone", self.get_submodule(self._backbone_name))
+    def _backbone(self) -> Backbone:
+        return cast("Backbone", self.get_submodule(self._backbone_name))
 
     def _prepare(
         self,
@@ -106,7 +131,7 @@ class BackboneEncoder(FrozenEncoder):
             anchor: state-dict key by which the backbone is found in a larger model.
             image_size: the model's own image size.
         """
-        backbone = self._backbone()
+        backbone: Any = self._backbone()
         side = (input_size or square_side(image_size, "image_size")) // self.patch_size
         if side < 1:
             raise UserError(
@@ -126,6 +151,24 @@ class BackboneEncoder(FrozenEncoder):
             load_strict(backbone, weights, f"the encoder in {folder}")
 
 
+def dinov2_blocks(config: Any) -> tuple[ViTBlockConfig, list[DINOv2Layer]]:
+    """Build the blocks that a configuration of DINOv2, with or without registers, describes.
+
+    Returns:
+        The settings that all blocks share, and the blocks.
+    """
+    block = ViTBlockConfig(
+        width=config.hidden_size,
+        num_heads=config.num_attention_heads,
+        mlp_width=int(config.hidden_size * config.mlp_ratio),
+        norm_eps=config.layer_norm_eps,
+        qkv_bias=config.qkv_bias,
+        activation=config.hidden_act,
+    )
+    swiglu = config.use_swiglu_ffn
+    return block, [DINOv2Layer(block, use_swiglu=swiglu) for _ in range(config.num_hidden_layers)]
+
+
 class DINOv2Encoder(BackboneEncoder):
     """DINOv2 with registers, published as ``Dinov2withNorm`` (Oquab 2023, Darcet 2024).
 
@@ -133,6 +176,11 @@ class DINOv2Encoder(BackboneEncoder):
         dinov2_path: local model folder or hub id; or, on the meta device, the configuration.
         normalize: omit the affine map of the final norm, as RAE does.
         input_size: side of the expected images in pixels, for which positions are resampled.
+        layers: blocks, counted from 0, whose normalised outputs are combined; None for the last
+            one alone.
+        fusion: ``mean`` or ``sum`` of the layers.
+        token_mean: add the mean over all tokens of the last layer to every token.
+        norm_eps: epsilon of the final norm; None for the model's own.
 
     Raises:
         UserError: if the folder is missing, contains another type of model, or its weights do not
@@ -144,27 +192,20 @@ class DINOv2Encoder(BackboneEncoder):
         dinov2_path: str | Mapping[str, Any],
         normalize: bool = True,
         input_size: int | None = None,
+        layers: Sequence[int] | None = None,
+        fusion: str = "mean",
+        token_mean: bool = False,
+        norm_eps: float | None = None,
     ) -> None:
-        values = _read_config(dinov2_path, ("dinov2_with_registers",))
-        config = _parse_config(Dinov2WithRegistersConfig, values, dinov2_path)
-        block = ViTBlockConfig(
-            width=config.hidden_size,
-            num_heads=config.num_attention_heads,
-            mlp_width=int(config.hidden_size * config.mlp_ratio),
-            norm_eps=config.layer_norm_eps,
-            qkv_bias=config.qkv_bias,
-            activation=config.hidden_act,
-        )
-        layers = (
-            DINOv2Layer(block, use_swiglu=config.use_swiglu_ffn)
-            for _ in range(config.num_hidden_layers)
-        )
+        values = read_encoder_config(dinov2_path, ("dinov2_with_registers",))
+        config = parse_config(Dinov2WithRegistersConfig, values, dinov2_path)
+        block, blocks = dinov2_blocks(config)
         backbone = ViTBackbone(
             TokenEmbeddings(config, config.num_register_tokens),
-            layers,
-            LayerNorm(block.width, eps=block.norm_eps, elementwise_affine=not normalize),
+            blocks,
+            final_norm(block, norm_eps, affine=not normalize),
         )
-        super().__init__("encoder", backbone, config)
+        super().__init__("encoder", backbone, config, make_fusion(layers, fusion, token_mean))
         self._prepare(dinov2_path, input_size, "embeddings.cls_token", config.image_size)
 
 
@@ -174,6 +215,12 @@ class MAEEncoder(BackboneEncoder):
     Args:
         model_name: local model folder or hub id; or, on the meta device, the configuration.
         input_size: side of the expected images in pixels, for which positions are resampled.
+        normalize: omit the affine map of the final norm, as RAE does.
+        layers: blocks, counted from 0, whose normalised outputs are combined; None for the last
+            one alone.
+        fusion: ``mean`` or ``sum`` of the layers.
+        token_mean: add the mean over all tokens of the last layer to every token.
+        norm_eps: epsilon of the final norm; None for the model's own.
 
     Raises:
         UserError: if the folder is missing, contains another type of model, or its weights do not
@@ -184,8 +231,15 @@ class MAEEncoder(BackboneEncoder):
         self,
         model_name: str | Mapping[str, Any] = "facebook/vit-mae-base",
         input_size: int | None = None,
+        normalize: bool = True,
+        layers: Sequence[int] | None = None,
+        fusion: str = "mean",
+        token_mean: bool = False,
+        norm_eps: float | None = None,
     ) -> None:
-        config = _parse_config(ViTMAEConfig, _read_config(model_name, ("vit_mae",)), model_name)
+        config = parse_config(
+            ViTMAEConfig, read_encoder_config(model_name, ("vit_mae",)), model_name
+        )
         block = ViTBlockConfig(
             width=config.hidden_size,
             num_heads=config.num_attention_heads,
@@ -197,9 +251,9 @@ class MAEEncoder(BackboneEncoder):
         backbone = ViTBackbone(
             TokenEmbeddings(config, None),
             (ViTMAELayer(block) for _ in range(config.num_hidden_layers)),
-            LayerNorm(block.width, eps=block.norm_eps, elementwise_affine=False),
+            final_norm(block, norm_eps, affine=not normalize),
         )
-        super().__init__("model", backbone, config)
+        super().__init__("model", backbone, config, make_fusion(layers, fusion, token_mean))
         self._prepare(model_name, input_size, "embeddings.cls_token", config.image_size)
 
 
@@ -212,6 +266,12 @@ class SigLIP2Encoder(BackboneEncoder):
         num_tokens: ignored; published configurations contain it. The input's grid determines the
             number of tokens.
         input_size: side of the expected images in pixels, for which positions are resampled.
+        normalize: omit the affine map of the final norm, as RAE does.
+        layers: blocks, counted from 0, whose normalised outputs are combined; None for the last
+            one alone.
+        fusion: ``mean`` or ``sum`` of the layers.
+        token_mean: add the mean over all tokens of the last layer to every token.
+        norm_eps: epsilon of the final norm; None for the model's own.
 
     Raises:
         UserError: if the folder is missing, contains another type of model, or its weights do not
@@ -223,9 +283,14 @@ class SigLIP2Encoder(BackboneEncoder):
         model_name: str | Mapping[str, Any],
         num_tokens: int | None = None,
         input_size: int | None = None,
+        normalize: bool = True,
+        layers: Sequence[int] | None = None,
+        fusion: str = "mean",
+        token_mean: bool = False,
+        norm_eps: float | None = None,
     ) -> None:
-        values = _read_config(model_name, ("siglip", "siglip_vision_model"))
-        config = _parse_config(SiglipVisionConfig, values.get("vision_config", values), model_name)
+        values = read_encoder_config(model_name, ("siglip", "siglip_vision_model"))
+        config = parse_config(SiglipVisionConfig, values.get("vision_config", values), model_name)
         block = ViTBlockConfig(
             width=config.hidden_size,
             num_heads=config.num_attention_heads,
@@ -236,13 +301,20 @@ class SigLIP2Encoder(BackboneEncoder):
         backbone = SigLIPBackbone(
             PatchEmbeddings(config),
             (SigLIPLayer(block) for _ in range(config.num_hidden_layers)),
-            LayerNorm(block.width, eps=block.norm_eps, elementwise_affine=False),
+            final_norm(block, norm_eps, affine=not normalize),
             SigLIPHead(block),
         )
-        super().__init__("model", backbone, config)
+        super().__init__("model", backbone, config, make_fusion(layers, fusion, token_mean))
         self._prepare(
             model_name, input_size, "embeddings.patch_embedding.weight", config.image_size
         )
+
+
+def final_norm(block: ViTBlockConfig, eps: float | None, *, affine: bool) -> LayerNorm:
+    """Build the norm that follows the last block."""
+    return LayerNorm(
+        block.width, eps=block.norm_eps if eps is None else eps, elementwise_affine=affine
+    )
 
 
 def read_image_statistics(folder: str) -> tuple[list[float], list[float]]:
@@ -265,7 +337,10 @@ def read_image_statistics(folder: str) -> tuple[list[float], list[float]]:
     return values["image_mean"], values["image_std"]
 
 
-def _read_config(folder: str | Mapping[str, Any], model_types: tuple[str, ...]) -> dict[str, Any]:
+def read_encoder_config(
+    folder: str | Mapping[str, Any], model_types: tuple[str, ...]
+) -> dict[str, Any]:
+    """Read the configuration of an encoder, or copy a given one; check its model type."""
     values = dict(folder) if isinstance(folder, Mapping) else read_json(folder, "config.json")
     if values is None:
         raise UserError(f"the encoder folder {folder} has no config.json")
@@ -277,9 +352,7 @@ def _read_config(folder: str | Mapping[str, Any], model_types: tuple[str, ...]) 
     return values
 
 
-def _parse_config(
-    config_class: Any, values: dict[str, Any], folder: str | Mapping[str, Any]
-) -> Any:
+def parse_config(config_class: Any, values: dict[str, Any], folder: str | Mapping[str, Any]) -> Any:
     """Parse a configuration with transformers, which adds defaults for missing keys."""
     try:
         return config_class.from_dict(values)
@@ -306,7 +379,7 @@ def _read_backbone_weights(folder: str, backbone: nn.Module, anchor: str) -> dic
     inside = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
     # Keep unexpected embeddings and blocks, so that strict loading reports them; drop heads,
     # decoders and the affine map of the final norm.
-    backbone_parts = ("embeddings.", "encoder.")
+    backbone_parts = ("embeddings.", "encoder.", "layer.")
     extra = ("embeddings.position_ids",)
     return {
         k: v

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from rae_xla.errors import UserError
 from rae_xla.models.decoder import ViTDecoder
 from rae_xla.models.encoders import ENCODERS, DINOv2Encoder, FrozenEncoder, encoder_name
-from rae_xla.models.pretrained.latent_statistics import EPS, variance_from_std
+from rae_xla.models.pretrained.latent_statistics import standard_deviation, variance_from_std
 from rae_xla.models.weights import load_strict
 
 PUBLISHED_ENCODERS = ("Dinov2withNorm", "SigLIP2wNorm", "MAEwNorm")
@@ -35,6 +35,7 @@ class AutoencoderBase(nn.Module):
     encoder_input_size: int
     noise_tau: float
     reshape_to_2d: bool
+    decoder_output: str
     encoder_mean: Tensor
     encoder_std: Tensor
     latent_mean: Tensor | None
@@ -66,7 +67,8 @@ class RAESettings:
         decoder_config: fields of ``rae_xla.models.decoder.DecoderConfig``.
         noise_tau: strength of the latent noise in train mode.
         reshape_to_2d: whether latents are maps (C, h, w) rather than tokens (N, C).
-        encoder_options: keyword arguments of an encoder class that is not a published one.
+        encoder_options: further keyword arguments of the encoder class.
+        decoder_output: ``normalized`` or ``pixels``.
 
     Raises:
         UserError: the encoder class is not registered.
@@ -82,6 +84,7 @@ class RAESettings:
     noise_tau: float
     reshape_to_2d: bool
     encoder_options: Mapping[str, Any] = field(default_factory=dict)
+    decoder_output: str = "normalized"
 
     def __post_init__(self) -> None:
         if self.encoder_cls not in ENCODERS:
@@ -94,13 +97,16 @@ class RAESettings:
     def encoder_params(self) -> dict[str, Any]:
         """The encoder's keyword arguments beyond its configuration and input size."""
         is_dinov2 = ENCODERS[self.encoder_cls] is DINOv2Encoder
-        return {"normalize": not self.affine_norm} if is_dinov2 else dict(self.encoder_options)
+        affine = {"normalize": not self.affine_norm} if is_dinov2 else {}
+        return affine | dict(self.encoder_options)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the settings as ``config.json`` has them; options only if there are any."""
+        """Return the settings as ``config.json`` has them, without options that are not used."""
         values = asdict(self)
         if not values["encoder_options"]:
             del values["encoder_options"]
+        if values["decoder_output"] == "normalized":
+            del values["decoder_output"]
         return values
 
     def check_published_encoder(self, layout: str) -> None:
@@ -110,6 +116,12 @@ class RAESettings:
                 f"the {layout} layout has no encoder class {self.encoder_cls}, only "
                 f"{', '.join(PUBLISHED_ENCODERS)}: save the model with save_pretrained, or convert "
                 "it with --to pretrained"
+            )
+        if self.encoder_options or self.decoder_output != "normalized":
+            options = {**self.encoder_options, "decoder_output": self.decoder_output}
+            raise UserError(
+                f"the {layout} layout cannot represent the options of this autoencoder ({options}):"
+                " save the model with save_pretrained, or convert it with --to pretrained"
             )
 
 
@@ -131,7 +143,7 @@ class RAEComponents:
 
     def with_statistics(self, mean: Tensor | None, var: Tensor) -> RAEComponents:
         """Return a copy with the latent statistics of a published file."""
-        return replace(self, latent_mean=mean, latent_std=torch.sqrt(var + EPS))
+        return replace(self, latent_mean=mean, latent_std=standard_deviation(var))
 
     def statistics(self) -> dict[str, Tensor]:
         """Return ``var`` and, if there is one, ``mean``, as a published statistics file has them.
@@ -161,10 +173,19 @@ def rae_to_components(rae: AutoencoderBase) -> RAEComponents:
         decoder_config=asdict(rae.decoder.config),
         noise_tau=rae.noise_tau,
         reshape_to_2d=rae.reshape_to_2d,
-        encoder_options={} if encoder_name(encoder) in PUBLISHED_ENCODERS else encoder.options,
+        encoder_options=_stored_options(encoder),
+        decoder_output=rae.decoder_output,
     )
     state = {key: tensor.detach().cpu() for key, tensor in rae.state_dict().items()}
     return RAEComponents(settings, state, _on_cpu(rae.latent_mean), _on_cpu(rae.latent_std))
+
+
+def _stored_options(encoder: FrozenEncoder) -> dict[str, Any]:
+    """Return the options of an encoder that no other setting stores."""
+    elsewhere = ("num_tokens",) if encoder_name(encoder) in PUBLISHED_ENCODERS else ()
+    if isinstance(encoder, DINOv2Encoder):
+        elsewhere = (*elsewhere, "normalize")
+    return {key: value for key, value in encoder.options.items() if key not in elsewhere}
 
 
 def build_rae(cls: type[_Autoencoder], components: RAEComponents, source: str) -> _Autoencoder:
@@ -189,6 +210,7 @@ def build_rae(cls: type[_Autoencoder], components: RAEComponents, source: str) -
             decoder_patch_size=settings.decoder_config["patch_size"],
             noise_tau=settings.noise_tau,
             reshape_to_2d=settings.reshape_to_2d,
+            decoder_output=settings.decoder_output,
         )
     assign_float32(rae, components.state, source)
     _check_materialised(rae.encoder, source)

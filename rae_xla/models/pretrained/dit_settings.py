@@ -10,7 +10,13 @@ from torch import Tensor
 
 from rae_xla.errors import UserError
 
-DIT_CLASSES = {"DiTDH": "DiTDH", "DiTwDDTHead": "DiTDH", "LightningDiT": "LightningDiT"}
+DIT_CLASSES = {
+    "DiTDH": "DiTDH",
+    "DiTwDDTHead": "DiTDH",
+    "DiTwDDTHeadIG": "DiTDH",
+    "LightningDiT": "LightningDiT",
+    "LightningDiTIG": "LightningDiT",
+}
 """Last component of a configuration's ``target`` (ours or published) -> name of our class."""
 
 
@@ -64,7 +70,7 @@ class _AmbiguousError(Exception):
 
 
 def _dit_dh(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Any]]:
-    head_width, channels = state["x_embedder.proj.weight"].shape[:2]
+    head_width, channels, patch = state["x_embedder.proj.weight"].shape[:3]
     width, patch_channels = state["s_embedder.proj.weight"].shape[:2]
     if patch_channels != channels:
         raise _AmbiguousError("the encoder's patch size is not 1")
@@ -72,8 +78,8 @@ def _dit_dh(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Any]]:
         raise _AmbiguousError("encoder and head have the same width")
     widths = [state[f"blocks.{i}.attn.proj.weight"].shape[0] for i in range(_depth(state))]
     return "DiTDH", {
-        "input_size": math.isqrt(state["enc_feat_rope.freqs_cos"].shape[0]),
-        "patch_size": 1,
+        "input_size": math.isqrt(state["dec_feat_rope.freqs_cos"].shape[0]) * patch,
+        "patch_size": patch,
         "in_channels": channels,
         "hidden_size": [width, head_width],
         "depth": [widths.count(width), widths.count(head_width)],
@@ -90,7 +96,7 @@ def _lightning(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Any]]:
     width, channels, patch = state["x_embedder.proj.weight"].shape[:3]
     out_channels = state["final_layer.linear.weight"].shape[0] // patch**2
     return "LightningDiT", {
-        "input_size": math.isqrt(state["pos_embed"].shape[1]) * patch,
+        "input_size": math.isqrt(_patches(state)) * patch,
         "patch_size": patch,
         "in_channels": channels,
         "hidden_size": width,
@@ -98,13 +104,18 @@ def _lightning(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Any]]:
         "num_heads": _heads(state, "feat_rope", width),
         "learn_sigma": out_channels == 2 * channels,
         "use_gembed": "t_embedder.W" in state,
+        "use_pos_embed": "pos_embed" in state,
         **_common(state),
     }
 
 
 def _common(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    for head in ("base_final_layer.linear.weight", "repa_projector.weight"):
+        if head in state:
+            raise _AmbiguousError(f"the block that {head.split('.')[0]} reads is unknown")
     swiglu = "blocks.0.mlp.w3.weight" in state
-    modulation = state["blocks.0.adaLN_modulation.1.weight"]
+    modulation = state.get(f"blocks.{_depth(state) - 1}.adaLN_modulation.1.weight")
+    context = _context_tokens(state)
     return {
         "mlp_ratio": _mlp_ratio(state, swiglu),
         "class_dropout_prob": 0.1,
@@ -113,8 +124,30 @@ def _common(state: Mapping[str, Tensor]) -> dict[str, Any]:
         "use_swiglu": swiglu,
         "use_rope": True,
         "use_rmsnorm": "blocks.0.norm1.weight" in state,
-        "wo_shift": modulation.shape[0] == 4 * modulation.shape[1],
+        "wo_shift": modulation is not None and modulation.shape[0] == 4 * modulation.shape[1],
+        **(
+            {}
+            if context is None
+            else {"conditioning": "tokens", "num_t_tokens": context[0], "num_c_tokens": context[1]}
+        ),
     }
+
+
+def _context_tokens(state: Mapping[str, Tensor]) -> tuple[int, int] | None:
+    """Return the numbers of time and label tokens; None without in-context conditioning."""
+    if "t_embedder.learnable_tokens" not in state:
+        return None
+    time, label = (state[f"{name}_embedder.learnable_tokens"].shape[0] for name in "ty")
+    return time, label
+
+
+def _patches(state: Mapping[str, Tensor]) -> int:
+    """Return the number of tokens of a latent in a LightningDiT."""
+    if "pos_embed" in state:
+        return state["pos_embed"].shape[1]
+    if "feat_rope.freqs_cos" not in state:
+        raise _AmbiguousError("without positions, the number of tokens is unknown")
+    return state["feat_rope.freqs_cos"].shape[0] - sum(_context_tokens(state) or (0, 0))
 
 
 def _mlp_ratio(state: Mapping[str, Tensor], swiglu: bool) -> float:

@@ -44,15 +44,26 @@ def read_latent_statistics(path: str | Path) -> tuple[Tensor | None, Tensor]:
     return (None if mean is None else mean.float()), var
 
 
+def standard_deviation(var: Tensor, eps: float = EPS) -> Tensor:
+    """Return ``sqrt(var + eps)``, correctly rounded.
+
+    torch's float32 square root is rounded differently on different processors, so the fingerprint
+    of the result would depend on the machine.
+
+    Args:
+        var: float32 variance of each latent element.
+        eps: added before the root.
+    """
+    return torch.sqrt((var + eps).double()).float()
+
+
 def variance_from_std(std: Tensor) -> Tensor:
-    """Return the float32 variance for which ``sqrt(var + EPS)`` equals ``std`` bit for bit.
+    """Return the float32 variance whose ``standard_deviation`` equals ``std`` bit for bit.
 
     ``std**2 - EPS`` alone is off by one unit in the last place for some elements.
     """
     target = std.float()
-    return invert_exactly(
-        lambda var: torch.sqrt(var + EPS), target.double().square().sub(EPS), target
-    )
+    return invert_exactly(standard_deviation, target.double().square().sub(EPS), target)
 
 
 def invert_exactly(function: Callable[[Tensor], Tensor], initial: Tensor, target: Tensor) -> Tensor:

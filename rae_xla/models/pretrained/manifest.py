@@ -23,12 +23,16 @@ from rae_xla.errors import UserError
 from rae_xla.models.pretrained import fingerprint as fingerprints
 from rae_xla.models.pretrained.components import AutoencoderBase
 from rae_xla.models.pretrained.fingerprint import DECODER, DIT, ENCODER, STATISTICS
+from rae_xla.models.pretrained.raev2_files import check_raev2_files
 from rae_xla.version import __version__
 
 FOLDER_MANIFEST = "weights.manifest.json"
 SUFFIX = ".manifest.json"
 IGNORE = "RAE_XLA_IGNORE_MANIFEST"
-FORMAT = 1
+FORMAT = 2
+"""Version of the file. Version 1 has fingerprints of statistics that depend on the processor."""
+
+_READABLE = (1, FORMAT)
 _DESCRIPTIONS = {
     ENCODER: "encoder",
     DECODER: "decoder",
@@ -39,13 +43,23 @@ _DESCRIPTIONS = {
 
 @dataclass(frozen=True)
 class Part:
-    """One part of a model: its fingerprint and, for people, the name of its source."""
+    """One part of a model.
+
+    Attributes:
+        sha256: its fingerprint; empty if the manifest has none that can be compared.
+        name: of its source, for people.
+    """
 
     sha256: str
     name: str = ""
 
+    def matches(self, other: Part) -> bool:
+        """Return whether two fingerprints are equal, or cannot be compared."""
+        return self.sha256 == other.sha256 or not (self.sha256 and other.sha256)
+
     def __str__(self) -> str:
-        return f"{self.sha256[:12]} ({self.name})" if self.name else self.sha256[:12]
+        shown = self.sha256[:12] or "of an earlier version"
+        return f"{shown} ({self.name})" if self.name else shown
 
 
 @dataclass(frozen=True)
@@ -55,21 +69,24 @@ class Manifest:
     Attributes:
         parts: kind (``encoder``, ``decoder``, ``statistics``, ``dit``) -> the part stored here.
         made_with: kind -> kind of another part -> that part at training time.
+        decoder_output: what a decoder predicts: ``normalized`` images, or ``pixels``.
     """
 
     parts: Mapping[str, Part] = field(default_factory=dict)
     made_with: Mapping[str, Mapping[str, Part]] = field(default_factory=dict)
+    decoder_output: str = "normalized"
 
     def only(self, kind: str) -> Manifest:
         """Return the entries of one part."""
         return Manifest(
             {k: v for k, v in self.parts.items() if k == kind},
             {k: v for k, v in self.made_with.items() if k == kind},
+            self.decoder_output if kind == DECODER else "normalized",
         )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of the JSON file."""
-        return {
+        content: dict[str, Any] = {
             "format": FORMAT,
             "written_by": f"rae_xla {__version__}",
             "parts": {kind: _to_dict(part) for kind, part in self.parts.items()},
@@ -78,6 +95,9 @@ class Manifest:
                 for kind, needs in self.made_with.items()
             },
         }
+        if self.decoder_output != "normalized":
+            content["decoder_output"] = self.decoder_output
+        return content
 
     def to_json(self) -> str:
         """Return the text of the JSON file."""
@@ -92,14 +112,25 @@ def rae_parts(rae: AutoencoderBase, name: str) -> dict[str, Part]:
     return {kind: Part(sha256, name) for kind, sha256 in fingerprints.of_rae(rae).items()}
 
 
-def rae_manifest(parts: Mapping[str, Part]) -> Manifest:
+def rae_manifest(parts: Mapping[str, Part], decoder_output: str) -> Manifest:
     """Return the manifest of an RAE whose parts were trained with each other."""
     encoder = {ENCODER: parts[ENCODER]}
-    return Manifest(parts, {k: encoder for k in (DECODER, STATISTICS) if k in parts})
+    made_with = {k: encoder for k in (DECODER, STATISTICS) if k in parts}
+    return Manifest(parts, made_with, decoder_output)
 
 
-def rae_state_manifest(state: Mapping[str, Tensor], name: str) -> Manifest:
-    """Return the manifest of an RAE's state dict; without an encoder, it records none."""
+def rae_state_manifest(
+    state: Mapping[str, Tensor], name: str, config: Mapping[str, Any] | None = None
+) -> Manifest:
+    """Return the manifest of an RAE's state dict; without an encoder, it records none.
+
+    Args:
+        state: state dict of the RAE.
+        name: description of its source.
+        config: configuration of its training, which tells what the decoder predicts.
+    """
+    stage_1 = (config or {}).get("stage_1") or {}
+    output = (stage_1.get("params") or {}).get("decoder_output", "normalized")
     states = {kind: fingerprints.select_prefix(state, kind) for kind in (ENCODER, DECODER)}
     parts = {
         kind: Part(fingerprints.fingerprint(tensors), name)
@@ -107,8 +138,8 @@ def rae_state_manifest(state: Mapping[str, Tensor], name: str) -> Manifest:
         if tensors
     }
     if ENCODER not in parts:
-        return Manifest(parts)
-    return Manifest(parts, {DECODER: {ENCODER: parts[ENCODER]}})
+        return Manifest(parts, decoder_output=output)
+    return Manifest(parts, {DECODER: {ENCODER: parts[ENCODER]}}, output)
 
 
 def dit_manifest(
@@ -175,16 +206,13 @@ def parse_manifest(content: Any, path: str | Path) -> Manifest:
         UserError: this version cannot read the manifest.
     """
     try:
-        if content["format"] != FORMAT:
-            raise UserError(
-                f"{path} has format {content['format']}; this version reads format {FORMAT}"
-            )
+        version = content["format"]
+        if version not in _READABLE:
+            raise UserError(f"{path} has format {version}; this version reads format {FORMAT}")
         manifest = Manifest(
-            {kind: Part(**part) for kind, part in content["parts"].items()},
-            {
-                kind: {other: Part(**part) for other, part in needs.items()}
-                for kind, needs in content["made_with"].items()
-            },
+            _read_parts(content["parts"], version),
+            {kind: _read_parts(needs, version) for kind, needs in content["made_with"].items()},
+            content.get("decoder_output", "normalized"),
         )
         needed = (kind for needs in manifest.made_with.values() for kind in needs)
         if unknown := {*manifest.parts, *manifest.made_with, *needed} - _DESCRIPTIONS.keys():
@@ -192,6 +220,13 @@ def parse_manifest(content: Any, path: str | Path) -> Manifest:
         return manifest
     except (KeyError, TypeError, AttributeError) as error:
         raise _damaged(path, error) from error
+
+
+def _read_parts(content: Mapping[str, Mapping[str, str]], version: int) -> dict[str, Part]:
+    parts = {kind: Part(**part) for kind, part in content.items()}
+    if version == 1 and STATISTICS in parts:
+        parts[STATISTICS] = Part("", parts[STATISTICS].name)
+    return parts
 
 
 def _damaged(path: str | Path, error: Exception) -> UserError:
@@ -224,7 +259,7 @@ def check_parts(manifest: Manifest, actual: Mapping[str, Part], source: str | Pa
     """
     for kind, expected in manifest.parts.items():
         part = actual.get(kind)
-        if part is not None and part.sha256 != expected.sha256:
+        if part is not None and not expected.matches(part):
             raise UserError(
                 f"{source}: a part was replaced: its manifest was written for the "
                 f"{_DESCRIPTIONS[kind]} {expected}, found {part}. {_advice()}"
@@ -234,7 +269,7 @@ def check_parts(manifest: Manifest, actual: Mapping[str, Part], source: str | Pa
             _check_statistics(needs.get(STATISTICS), actual.get(STATISTICS), source)
         for other, expected in needs.items():
             part = actual.get(other)
-            if part is not None and part.sha256 != expected.sha256:
+            if part is not None and not expected.matches(part):
                 raise UserError(
                     f"{source}: {_DESCRIPTIONS[kind]} created with the {_DESCRIPTIONS[other]} "
                     f"{expected} cannot be used with the {_DESCRIPTIONS[other]} {part}. "
@@ -254,6 +289,7 @@ def check_rae_files(rae: AutoencoderBase, params: Mapping[str, Any]) -> None:
     """
     if not checks_enabled():
         return
+    check_raev2_files(rae, params)
     sources = {
         ENCODER: str(params.get("encoder_config_path", "")),
         DECODER: params.get("pretrained_decoder_path"),
@@ -269,6 +305,17 @@ def check_rae_files(rae: AutoencoderBase, params: Mapping[str, Any]) -> None:
         for path, manifest in manifests.items():
             if manifest is not None:
                 check_parts(manifest, actual, path)
+                _check_output(manifest, rae.decoder_output, path)
+
+
+def _check_output(manifest: Manifest, used: str, source: str | Path) -> None:
+    """Raise if a decoder predicts something else than the autoencoder takes its output for."""
+    if DECODER in manifest.parts and manifest.decoder_output != used:
+        raise UserError(
+            f"{source}: this decoder was trained to predict {manifest.decoder_output} images, but "
+            f"decoder_output is {used}: set stage_1.params.decoder_output to "
+            f"{manifest.decoder_output}"
+        )
 
 
 def _check_statistics(expected: Part | None, actual: Part | None, source: str | Path) -> None:

@@ -94,7 +94,8 @@ class PretrainedAutoencoder(AutoencoderBase):
         """
         with new_folder(folder) as unfinished:
             write_rae(rae_to_components(self), unfinished)
-            write_weights_manifest(unfinished, rae_manifest(rae_parts(self, str(folder))))
+            manifest = rae_manifest(rae_parts(self, str(folder)), self.decoder_output)
+            write_weights_manifest(unfinished, manifest)
 
 
 class PretrainedTransformer(nn.Module):

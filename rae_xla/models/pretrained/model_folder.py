@@ -22,6 +22,7 @@ from rae_xla.errors import UserError
 from rae_xla.models.hf_folder import read_json, read_weights
 from rae_xla.models.pretrained.components import RAEComponents, RAESettings, assign_float32
 from rae_xla.models.pretrained.diffusers_folder import read_diffusers
+from rae_xla.models.pretrained.dit_layouts import from_raev2
 from rae_xla.models.pretrained.dit_settings import DIT_CLASSES
 from rae_xla.models.pretrained.latent_statistics import read_latent_statistics
 from rae_xla.models.pretrained.manifest import FOLDER_MANIFEST
@@ -149,7 +150,8 @@ def read_transformer(folder: Path) -> tuple[str, dict[str, Any], dict[str, Tenso
     values = read_config(folder)
     if values.get("model") not in DIT_CLASSES.values():
         raise UserError(f"{folder} holds {_describe(values)}, not a diffusion transformer")
-    return values["model"], values["settings"], read_weights(str(folder.absolute()))
+    state = from_raev2(read_weights(str(folder.absolute())))
+    return values["model"], values["settings"], state
 
 
 def write_transformer(

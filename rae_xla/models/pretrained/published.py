@@ -17,6 +17,13 @@ from typing import Any
 from rae_xla.errors import UserError
 from rae_xla.models.hf_folder import is_hub_id
 from rae_xla.models.pretrained.hub import pull, pull_files
+from rae_xla.models.pretrained.published_raev2 import (
+    RAEv2Autoencoder,
+    RAEv2Generator,
+    raev2_models,
+)
+from rae_xla.models.pretrained.published_text_to_image import TEXT_TO_IMAGE
+from rae_xla.models.pretrained.raev2_files import REPOSITORY as RAEV2_REPOSITORY
 
 COLLECTION = "nyu-visionx/RAE-collections"
 LOCAL = "models/"
@@ -59,6 +66,7 @@ class Autoencoder:
         grid: side of the latents.
         decoder: path of the decoder's weights in the collection.
         statistics: path of the latent statistics in the collection.
+        repository: hub id of the collection.
     """
 
     encoder_cls: str
@@ -67,6 +75,7 @@ class Autoencoder:
     grid: int
     decoder: str
     statistics: str
+    repository: str = COLLECTION
 
     def arguments(self) -> dict[str, Any]:
         """Return the constructor arguments of the RAE."""
@@ -93,7 +102,7 @@ class Autoencoder:
 
 _DINOV2 = ("Dinov2withNorm", "facebook/dinov2-with-registers-base")
 
-AUTOENCODERS = {
+AUTOENCODERS: dict[str, Autoencoder | RAEv2Autoencoder] = {
     "rae-dinov2-b-256": Autoencoder(
         *_DINOV2,
         224,
@@ -215,7 +224,7 @@ _XL_512 = Denoiser("XL", _DITS + "ImageNet512/DiTDH-XL_ep400/stage2_model.pt")
 _S_256 = Denoiser("S", _DITS + "ImageNet256/DiTDH-S_ep14/stage2_model.pt")
 _S_512 = Denoiser("S", _DITS + "ImageNet512/DiTDH-S_ep20/stage2_model.pt")
 
-GENERATORS = {
+GENERATORS: dict[str, Generator | RAEv2Generator] = {
     "ditdh-xl-256": Generator("DiT-DH-XL, 256 px", "rae-dinov2-b-256", _XL_256),
     "ditdh-xl-256-autoguidance": Generator(
         "DiT-DH-XL, 256 px, autoguidance by DiT-DH-S", "rae-dinov2-b-256", _XL_256, _S_256, 1.42
@@ -228,19 +237,25 @@ GENERATORS = {
     "ditdh-s-512": Generator("DiT-DH-S, 512 px: the guide alone", "rae-dinov2-b-512", _S_512),
 }
 
+_RAEV2_AUTOENCODERS, _RAEV2_GENERATORS = raev2_models(_VIT_XL)
+AUTOENCODERS |= _RAEV2_AUTOENCODERS
+GENERATORS |= _RAEV2_GENERATORS
+
 
 def published_files(name: str) -> dict[str, list[str]]:
-    """Return the files of a published model: repository -> paths in it.
+    """Return the files of a published model: repository -> paths in it, or patterns of them.
 
     Args:
-        name: key of ``GENERATORS`` or ``AUTOENCODERS``; or ``discriminator``, the frozen backbone
-            of the stage-1 GAN loss.
+        name: key of ``GENERATORS``, ``TEXT_TO_IMAGE`` or ``AUTOENCODERS``; or ``discriminator``,
+            the frozen backbone of the stage-1 GAN loss.
 
     Raises:
         UserError: the name is unknown; the message suggests similar ones.
     """
     if name == "discriminator":
         return {COLLECTION: [DISCRIMINATOR]}
+    if name in TEXT_TO_IMAGE:
+        return TEXT_TO_IMAGE[name].files()
     if name in AUTOENCODERS:
         rae, files = AUTOENCODERS[name], []
     elif name in GENERATORS:
@@ -249,12 +264,12 @@ def published_files(name: str) -> dict[str, list[str]]:
         files = [generator.denoiser.file, *([generator.guide.file] if generator.guide else [])]
     else:
         raise UserError(f"{name} is not a published model: {suggest_name(name)}")
-    return {COLLECTION: [rae.decoder, rae.statistics, *files], rae.encoder: list(ENCODER_FILES)}
+    return {rae.repository: [rae.decoder, rae.statistics, *files], rae.encoder: list(ENCODER_FILES)}
 
 
 def published_names() -> list[str]:
     """Return all names that ``published_files`` accepts."""
-    return [*GENERATORS, *AUTOENCODERS, "discriminator"]
+    return [*GENERATORS, *TEXT_TO_IMAGE, *AUTOENCODERS, "discriminator"]
 
 
 def suggest_name(name: str, known: Sequence[str] | None = None) -> str:
@@ -279,15 +294,24 @@ def fetch_files(paths: Iterable[str | None]) -> dict[str, str]:
     Raises:
         UserError: a file cannot be downloaded.
     """
-    published = {path for name in published_names() for path in published_files(name)[COLLECTION]}
+    repositories = {
+        path: repository
+        for name in published_names()
+        for repository, files in published_files(name).items()
+        if repository in (COLLECTION, RAEV2_REPOSITORY)
+        for path in files
+    }
     missing = [
         path.removeprefix(LOCAL)
         for path in paths
         if path and path.startswith(LOCAL) and not Path(path).exists()
     ]
-    wanted = list(dict.fromkeys(path for path in missing if path in published))
-    files = pull_files(COLLECTION, wanted) if wanted else {}
-    return {LOCAL + path: str(file) for path, file in files.items()}
+    fetched: dict[str, str] = {}
+    for repository in dict.fromkeys(repositories.values()):
+        wanted = [path for path in dict.fromkeys(missing) if repositories.get(path) == repository]
+        files = pull_files(repository, wanted) if wanted else {}
+        fetched |= {LOCAL + path: str(file) for path, file in files.items()}
+    return fetched
 
 
 def fetch_encoders(params: Mapping[str, Any]) -> dict[str, str]:

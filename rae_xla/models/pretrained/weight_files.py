@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rae_xla.errors import UserError
 from rae_xla.models.pretrained.dit_settings import is_dit
+from rae_xla.models.pretrained.selected_weights import select_weights
 from rae_xla.models.weights import join_names, read_weight_file
 
 PARTS = ("rae", "decoder", "stage2", "discriminator", "stats")
@@ -25,7 +26,6 @@ _DESCRIPTIONS = {
     "discriminator": "a discriminator",
     "stats": "latent statistics",
 }
-_WRAPPERS = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
 
 
 @dataclass(frozen=True)
@@ -103,24 +103,8 @@ def identify_weights(
     source: str, content: Any, part: str | None = None, weights: str = "ema"
 ) -> IdentifiedWeights:
     """Identify the content of a weight file or checkpoint; see ``open_weights_source``."""
-    if not isinstance(content, Mapping) or not content:
-        raise UserError(
-            f"{source} holds a {type(content).__name__}, no weights: give a weight file"
-        )
-    container = "state dict"
-    config = None
-    if "model" in content or "ema" in content:
-        step = content.get("step")
-        config = content.get("config") if isinstance(content.get("config"), Mapping) else None
-        key = "disc" if part == "discriminator" else weights
-        container = f"training checkpoint of step {step}, {key} weights"
-        selected = content.get(key)
-        if not isinstance(selected, Mapping) or not selected:
-            others = [other for other in ("model", "ema", "disc") if other != key]
-            available = ", ".join(other for other in others if content.get(other)) or "no others"
-            raise UserError(f"{source} has no {key!r} weights; it has {available}")
-        content = selected
-    state = _state_dict(content, source)
+    selected = select_weights(content, source, "disc" if part == "discriminator" else weights)
+    state = selected.state
     found = _part_of(state, source)
     if part not in (None, found):
         if (found, part) != ("rae", "decoder"):
@@ -130,20 +114,8 @@ def identify_weights(
             )
         state = {k.removeprefix("decoder."): v for k, v in state.items() if k[:8] == "decoder."}
         found = "decoder"
-    description = f"{container}: {_DESCRIPTIONS[found]}, {len(state)} tensors"
-    return IdentifiedWeights(source, found, description, state, config)
-
-
-def _state_dict(content: Mapping[str, Any], source: str) -> dict[str, Tensor]:
-    """Return a state dict without the prefixes of wrapper modules."""
-    others = [str(k) for k, v in content.items() if not isinstance(v, Tensor)]
-    if others:
-        raise UserError(f"{source} is not a state dict: no tensors at {join_names(others)}")
-    state = dict(content)
-    for wrapper in _WRAPPERS:
-        if all(name.startswith(wrapper) for name in state):
-            state = {name.removeprefix(wrapper): tensor for name, tensor in state.items()}
-    return state
+    description = f"{selected.container}: {_DESCRIPTIONS[found]}, {len(state)} tensors"
+    return IdentifiedWeights(source, found, description, state, selected.config)
 
 
 def _part_of(state: Mapping[str, Tensor], source: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -55,8 +55,8 @@ class TorchBackend(GlobalArithmetic):
         self.device = torch_device() if device is None else device
         self.mesh: MeshShape = self._resolve(mesh)
         self._precision = runtime.precision
-        if runtime.precision == "fp32":  # cuDNN's default for convolutions is TF32, of 10 bits
-            torch.backends.cudnn.allow_tf32 = False
+        if runtime.precision == "fp32":
+            _disable_tf32()
         self._compile = runtime.compile
         self._remat = runtime.remat
         self._rules = load_rules(mesh.sharding) if self._remat or self.process_count > 1 else {}
@@ -81,23 +81,19 @@ class TorchBackend(GlobalArithmetic):
     def place(self, module: nn.Module) -> nn.Module:
         """Move the module to the device."""
         if self._remat:
-            self._rematerialise(module, self._shardings(module))
+            checkpoint_activations(self._blocks_to_rematerialise(module, self._shardings(module)))
         return module.to(self.device)
 
     def _shardings(self, module: nn.Module) -> Shardings:
         return resolve_shardings(module, self._rules, self.mesh.axis_sizes)
 
-    def _rematerialise(self, module: nn.Module, shardings: Shardings) -> None:
-        """Checkpoint the activations of the trained blocks, once for each module."""
+    def _blocks_to_rematerialise(self, module: nn.Module, shardings: Shardings) -> list[nn.Module]:
+        """Return the blocks whose activations are recomputed; none if the module is placed."""
         blocks = [module.get_submodule(name) for name in shardings.blocks]
         if any("forward" in vars(block) for block in blocks):
-            return
+            return []
         trained = [b for b in blocks if any(p.requires_grad for p in b.parameters())]
-        for block in evenly_spread(trained, self._remat):
-            # Blocks use no random generator whose state would have to be restored.
-            block.forward = partial(
-                checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
-            )
+        return evenly_spread(trained, self._remat)
 
     def place_tensors(self, tensors: Mapping[str, Tensor], like: nn.Module) -> dict[str, Tensor]:
         """Copy the tensors to the device."""
@@ -113,15 +109,31 @@ class TorchBackend(GlobalArithmetic):
         """Apply ``torch.compile`` if ``runtime.compile`` is set."""
         return torch.compile(fn) if self._compile else fn  # type: ignore[return-value]
 
+    @contextmanager
+    def full_float32(self) -> Iterator[None]:
+        """Disable TF32, which has 10 bits, inside the context; see ``Backend``."""
+        matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+        allowed = matmul.allow_tf32, cudnn.allow_tf32
+        matmul.allow_tf32 = cudnn.allow_tf32 = False
+        try:
+            yield
+        finally:
+            matmul.allow_tf32, cudnn.allow_tf32 = allowed
+
     def autocast(self) -> AbstractContextManager[Any]:
         """Return a bf16 autocast context, or one that does nothing for fp32."""
         if self._precision == "bf16":
             return torch.autocast(self.device.type, dtype=torch.bfloat16)
         return nullcontext()
 
+    def global_norm(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Return the L2 norm over all elements, 0-d, with few kernel launches."""
+        return foreach_norm(tensors)
+
     def fetch(self, results: Sequence[Tensor]) -> list[Tensor]:
-        """Copy results to the CPU."""
-        return [result.cpu() for result in results]
+        """Copy results to the CPU, all at the same time."""
+        copies = [self.fetch_later(result) for result in results]
+        return [copy() for copy in copies]
 
     def fetch_later(self, result: Tensor) -> Callable[[], Tensor]:
         """Copy a result right after its computation; ``cpu()`` would wait for the whole stream."""
@@ -161,6 +173,10 @@ class TorchBackend(GlobalArithmetic):
         """Copy tensors to the CPU."""
         return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
+    def to_host_later(self, tensors: Mapping[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
+        """Copy tensors right after their computation; ``to_host`` waits for the whole stream."""
+        return self.local_rows({name: tensor.detach() for name, tensor in tensors.items()})
+
     def snapshot(self, tensors: Mapping[str, Tensor]) -> dict[str, HostTensor]:
         """Copy full tensors to the CPU."""
         return {name: HostTensor.full(tensor) for name, tensor in self.to_host(tensors).items()}
@@ -177,6 +193,10 @@ class TorchBackend(GlobalArithmetic):
     def all_gather_text(self, text: str) -> list[str]:
         """Return the text of the single process."""
         return [text]
+
+    def captures(self) -> int:
+        """Return 0: nothing is replayed."""
+        return 0
 
     def compilations(self) -> int:
         """Return how many graphs ``torch.compile`` has compiled."""
@@ -224,6 +244,32 @@ class TorchBackend(GlobalArithmetic):
     def warnings(self) -> list[str]:
         """Return nothing."""
         return []
+
+
+def _disable_tf32() -> None:
+    """Compute in float32 rather than TF32, of 10 bits.
+
+    TF32 is PyTorch's default for convolutions, and for products where the environment asks for it
+    (TORCH_ALLOW_TF32_CUBLAS_OVERRIDE, in NVIDIA's containers).
+    """
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def foreach_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the L2 norm over all elements of tensors of one device, of which there are some."""
+    # By default PyTorch launches one kernel for each tensor on a CPU, which is as fast there; but
+    # operations that are counted on a CPU should be those of an accelerator.
+    foreach = True if tensors[0].device.type in ("cpu", "cuda") else None
+    return torch.nn.utils.get_total_norm(tensors, foreach=foreach)
+
+
+def checkpoint_activations(blocks: Iterable[nn.Module]) -> None:
+    """Make blocks recompute their activations in the backward pass."""
+    for block in blocks:
+        # Blocks use no random generator whose state would have to be restored.
+        block.forward = partial(
+            checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
+        )
 
 
 def _torchrun_hint() -> str:

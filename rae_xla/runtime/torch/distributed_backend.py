@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,12 +17,24 @@ from rae_xla.runtime.backend import Fn
 from rae_xla.runtime.mesh import MeshShape, resolve_mesh
 from rae_xla.runtime.process_group import Launch
 from rae_xla.runtime.sharding import find_networks
-from rae_xla.runtime.snapshot import HostShard, HostTensor
-from rae_xla.runtime.torch.backend import TorchBackend
-from rae_xla.runtime.torch.fsdp import DATA, FSDP, NetworkSharder, make_device_mesh
+from rae_xla.runtime.snapshot import HostPart, HostShard, HostTensor
+from rae_xla.runtime.torch.backend import TorchBackend, checkpoint_activations, foreach_norm
+from rae_xla.runtime.torch.divided_work import apply_divided
+from rae_xla.runtime.torch.fsdp import (
+    DATA,
+    FSDP,
+    NetworkSharder,
+    blocks_of,
+    make_device_mesh,
+    sharded_dimensions,
+)
 
 if TYPE_CHECKING:
     from rae_xla.config import MeshConfig, RuntimeConfig
+
+
+MAX_BLOCK_GRAPHS = 64
+"""Most graphs that the blocks of one class are compiled to; PyTorch's default is 8."""
 
 
 class DistributedTorchBackend(TorchBackend):
@@ -44,10 +56,18 @@ class DistributedTorchBackend(TorchBackend):
     ) -> None:
         self.process_index, self.process_count = launch.index, launch.count
         super().__init__(runtime, mesh, seed=seed, device=choose_device(launch))
-        process_group.join_torchrun(self.device)
+        if not dist.is_initialized():  # a plan has joined processes that do not exist
+            process_group.join_torchrun(self.device)
         self._mesh = make_device_mesh(self.mesh, self.device)
         gathered_dtype = torch.bfloat16 if runtime.precision == "bf16" else None
-        self._sharder = NetworkSharder(self._mesh, gathered_dtype, compile_blocks=runtime.compile)
+        self._sharder = NetworkSharder(self._mesh, gathered_dtype)
+        if self._compile:
+            from rae_xla.runtime.torch.compat import allow_compilations  # imports the compiler
+
+            # Blocks of all networks share the code of a few classes. Each combination of widths,
+            # batch size, and training or sampling is one graph; beyond the limit, PyTorch would
+            # run the blocks uncompiled without a word.
+            allow_compilations(MAX_BLOCK_GRAPHS)
 
     def _resolve(self, mesh: MeshConfig) -> MeshShape:
         shape = resolve_mesh(mesh, self.process_count)
@@ -69,9 +89,14 @@ class DistributedTorchBackend(TorchBackend):
         sharded already stay unchanged.
         """
         shardings = self._shardings(module)
-        if self._remat:
-            self._rematerialise(module, shardings)
-        for name in reversed(find_networks(module, self._rules)):
+        networks = list(find_networks(module, self._rules))
+        rematerialised = self._blocks_to_rematerialise(module, shardings)
+        if self._compile:
+            self._compile_blocks(module.get_submodule(name) for name in networks)
+        # A compiled block is checkpointed as a whole. Compiled the other way round, each block
+        # would have code of its own, most of it beyond PyTorch's limit of graphs.
+        checkpoint_activations(rematerialised)
+        for name in reversed(networks):
             self._sharder.apply(module.get_submodule(name), shardings, name)
         for parameter in module.parameters():
             if not isinstance(parameter, DTensor):
@@ -80,6 +105,24 @@ class DistributedTorchBackend(TorchBackend):
             for name, buffer in child.named_buffers(recurse=False):
                 setattr(child, name, buffer.to(self.device))
         return module
+
+    def own_parts(self, module: nn.Module) -> dict[str, HostPart]:
+        """Return the shards of the parameters that the rules shard."""
+        dimensions = sharded_dimensions(module, self._shardings(module), self._mesh[FSDP].size())
+        rank, count = self._mesh.get_local_rank(FSDP), self._mesh[FSDP].size()
+        parts: dict[str, HostPart] = {}
+        for name, dimension in dimensions.items():
+            rows = module.get_parameter(name).shape[dimension] // count
+            parts[name] = HostPart(dimension, rank * rows, (rank + 1) * rows)
+        return parts
+
+    def _compile_blocks(self, networks: Iterable[nn.Module]) -> None:
+        """Compile the blocks of networks, once for each block."""
+        for network in networks:
+            for block in blocks_of(network):
+                if "forward" not in vars(block):
+                    # A batch size is a constant: each has its own graph, which is the fastest.
+                    block.forward = torch.compile(block.forward, dynamic=False)
 
     def place_tensors(self, tensors: Mapping[str, Tensor], like: nn.Module) -> dict[str, Tensor]:
         """Copy this process's shards to the device, by the parameters of the same names."""
@@ -123,12 +166,25 @@ class DistributedTorchBackend(TorchBackend):
     def _sum_of_squares(self, tensors: Sequence[Tensor]) -> Tensor:
         if not tensors:
             return torch.zeros((), device=self.device)
-        return torch.nn.utils.get_total_norm(tensors).square()
+        return foreach_norm(tensors).square()
 
     @torch.no_grad()
     def local_shards(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Return the local shard of each tensor; all of it if it is replicated."""
         return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+
+    def shard_dimensions(self, tensors: Sequence[Tensor]) -> list[int | None]:
+        """Return the sharded dimension of each DTensor; None for one process's tensors."""
+        if self._mesh[FSDP].size() == 1:
+            return [None] * len(tensors)
+        placements = [t.placements[-1] if isinstance(t, DTensor) else None for t in tensors]
+        return [placement.dim if isinstance(placement, Shard) else None for placement in placements]
+
+    def apply_to_matrices(
+        self, function: Callable[[Tensor], Tensor], stack: Tensor, dimension: int | None
+    ) -> Tensor:
+        """Apply a function to matrices, which are divided over the ``fsdp`` processes."""
+        return apply_divided(function, stack, dimension, self._mesh[FSDP].get_group())
 
     def to_host(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Copy full tensors to the CPU.
@@ -137,6 +193,10 @@ class DistributedTorchBackend(TorchBackend):
         on every process.
         """
         return super().to_host({name: _gather(t.detach()) for name, t in tensors.items()})
+
+    def to_host_later(self, tensors: Mapping[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
+        """Gather full tensors right after their computation, and copy them to the CPU."""
+        return super().to_host_later({name: _gather(t.detach()) for name, t in tensors.items()})
 
     def snapshot(self, tensors: Mapping[str, Tensor]) -> dict[str, HostTensor]:
         """Copy local shards to the CPU, each shard on the first process that has it."""

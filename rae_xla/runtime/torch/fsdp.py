@@ -10,7 +10,7 @@ Parameters that the rules replicate stay ordinary parameters, the same on every 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
@@ -23,9 +23,23 @@ from rae_xla.runtime.sharding import PartitionSpec, Shardings, entry_axes
 
 DATA, FSDP = BATCH
 
-# Layers whose weights autocast casts to the lower precision, here before they are gathered.
-# The weights of other layers (such as spectral norm) are used in float32 first.
+# Layers, with their subclasses, whose parameters ``weight`` and ``bias`` autocast casts to the
+# lower precision, here before they are gathered.
 _AUTOCAST_LAYERS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d)
+_AUTOCAST_PARAMETERS = frozenset({"weight", "bias"})
+
+
+def is_cast_by_autocast(layer: nn.Module, name: str) -> bool:
+    """Return whether autocast casts a parameter of a layer where it is first used.
+
+    Others are used in float32 first, such as ``weight_orig`` of a layer with spectral norm, even
+    if it is a subclass of ``nn.Conv1d``.
+
+    Args:
+        layer: that owns the parameter.
+        name: of the parameter in the layer.
+    """
+    return isinstance(layer, _AUTOCAST_LAYERS) and name in _AUTOCAST_PARAMETERS
 
 
 def make_device_mesh(shape: MeshShape, device: torch.device) -> DeviceMesh:
@@ -36,6 +50,12 @@ def make_device_mesh(shape: MeshShape, device: torch.device) -> DeviceMesh:
     return init_device_mesh(device.type, (sizes[DATA], sizes[FSDP]), mesh_dim_names=BATCH)
 
 
+def blocks_of(network: nn.Module) -> list[nn.Module]:
+    """Return the modules that a network calls one after another, each one FSDP group."""
+    lists = (child for child in network.modules() if isinstance(child, nn.ModuleList))
+    return [block for blocks in lists for block in blocks]
+
+
 class NetworkSharder:
     """Shards the networks of a run over its processes.
 
@@ -43,14 +63,10 @@ class NetworkSharder:
         mesh: of the processes.
         gathered_dtype: dtype in which the weights of linear layers are gathered; None for the
             dtype in which they are stored.
-        compile_blocks: whether every block is compiled by itself.
     """
 
-    def __init__(
-        self, mesh: DeviceMesh, gathered_dtype: torch.dtype | None, *, compile_blocks: bool
-    ) -> None:
+    def __init__(self, mesh: DeviceMesh, gathered_dtype: torch.dtype | None) -> None:
         self._mesh, self._gathered_dtype = mesh, gathered_dtype
-        self._compile = compile_blocks
 
     def apply(self, network: nn.Module, shardings: Shardings, prefix: str) -> None:
         """Shard one network in place, with one FSDP group for each block and one for the rest.
@@ -65,15 +81,7 @@ class NetworkSharder:
         if any(isinstance(child, FSDPModule) for child in network.modules()):
             return
         dimensions = dict(self._shard_dimensions(network, shardings, prefix))
-        blocks = [
-            block
-            for child in network.modules()
-            if isinstance(child, nn.ModuleList)
-            for block in child
-        ]
-        for block in reversed(blocks):  # blocks within blocks first
-            if self._compile:
-                block.forward = torch.compile(block.forward)
+        for block in reversed(blocks_of(network)):  # blocks within blocks first
             self._shard(block, dimensions)
         self._shard(network, dimensions)
 
@@ -87,7 +95,7 @@ class NetworkSharder:
             for last, parameter in layer.named_parameters(recurse=False):
                 stored = shardings.parameters[f"{path}.{last}" if path else last].stored
                 if shards > 1:
-                    dimension = _fsdp_dimension(stored)
+                    dimension = _fsdp_dimension(stored, parameter.shape[:1], shards)
                 else:
                     weight = isinstance(layer, _AUTOCAST_LAYERS) and parameter.dim() > 1
                     dimension = 0 if weight and parameter.requires_grad else None
@@ -100,8 +108,12 @@ class NetworkSharder:
         group = remaining & dimensions.keys()
         if not group:
             return
-        layers = [m for m in module.modules() if group & set(m.parameters(recurse=False))]
-        all_autocast = all(type(layer) in _AUTOCAST_LAYERS for layer in layers)
+        all_autocast = all(
+            is_cast_by_autocast(layer, name)
+            for layer in module.modules()
+            for name, parameter in layer.named_parameters(recurse=False)
+            if parameter in group
+        )
         dtype = self._gathered_dtype if all_autocast else None
         sharded = fully_shard(
             module,
@@ -120,7 +132,35 @@ class NetworkSharder:
         sharded.set_force_sum_reduction_for_comms(True)
 
 
-def _fsdp_dimension(stored: PartitionSpec) -> int | None:
-    """The dimension of a spec that ``fsdp`` shards; None if there is none."""
-    found = (dimension for dimension, entry in enumerate(stored) if FSDP in entry_axes(entry))
-    return next(found, None)
+def sharded_dimensions(module: nn.Module, shardings: Shardings, shards: int) -> dict[str, int]:
+    """Return the dimension along which each sharded parameter of a module is sharded, by name.
+
+    Args:
+        module: not sharded yet.
+        shardings: of the module.
+        shards: number of shards; with one, nothing is sharded.
+    """
+    found = {
+        name: _fsdp_dimension(shardings.parameters[name].stored, parameter.shape[:1], shards)
+        for name, parameter in module.named_parameters()
+        if shards > 1
+    }
+    return {name: dimension for name, dimension in found.items() if dimension is not None}
+
+
+def _fsdp_dimension(stored: PartitionSpec, rows: Sequence[int], shards: int) -> int | None:
+    """Return the dimension along which FSDP2 shards a parameter; None if it is replicated.
+
+    The rules decide whether it is sharded. FSDP2 gathers shards of the first dimension in place,
+    but copies those of any other once more, before and after each communication; so the first is
+    preferred where it divides evenly, whichever the rules name.
+
+    Args:
+        stored: spec of the rules.
+        rows: size of the first dimension; empty for a 0-d parameter.
+        shards: number of shards.
+    """
+    found = [dimension for dimension, entry in enumerate(stored) if FSDP in entry_axes(entry)]
+    if not found:
+        return None
+    return 0 if rows[0] % shards == 0 else found[0]

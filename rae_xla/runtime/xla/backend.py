@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import json
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
 import torch
 import torch_xla
 import torch_xla.backends
@@ -25,7 +26,7 @@ from rae_xla.runtime import process_group
 from rae_xla.runtime.accelerators import Accelerator, Memory, known_accelerator
 from rae_xla.runtime.backend import Batch, Fn, GlobalArithmetic
 from rae_xla.runtime.blocks import stack, unstack, unstack_snapshot, unstacked_names
-from rae_xla.runtime.mesh import AXES, BATCH, MeshShape, resolve_mesh
+from rae_xla.runtime.mesh import BATCH, resolve_mesh
 from rae_xla.runtime.sharding import (
     PartitionSpec,
     load_rules,
@@ -34,17 +35,32 @@ from rae_xla.runtime.sharding import (
 )
 from rae_xla.runtime.snapshot import HostTensor
 from rae_xla.runtime.xla import compat
-from rae_xla.runtime.xla.compile_cache import cache_warnings, open_cache
-from rae_xla.runtime.xla.flash_attention import FlashAttention, minimum_tokens
+from rae_xla.runtime.xla.compile_cache import cache_warnings, can_load_programs, open_cache
+from rae_xla.runtime.xla.device_mesh import RowTransfer, make_device_mesh, slice_count
+from rae_xla.runtime.xla.flash_attention import (
+    FlashAttention,
+    describe_attention,
+    minimum_tokens,
+)
 from rae_xla.runtime.xla.fsdp import ShardingAnnotator
-from rae_xla.runtime.xla.host_copies import copy_first_replicas, copy_full, copy_rows
+from rae_xla.runtime.xla.host_copies import (
+    copy_first_replicas,
+    copy_full,
+    copy_rows,
+    gather_full,
+)
+from rae_xla.runtime.xla.pod import Megascale, check_slices
 from rae_xla.runtime.xla.remat import rematerialise
+from rae_xla.runtime.xla.replay import CapturedFunction, ReplayCounters, find_fault
 from rae_xla.runtime.xla.scan import scan_identical_blocks
 from rae_xla.runtime.xla.spmd_mesh import SpmdMesh
+from rae_xla.runtime.xla.token_gather import register_token_gather
 
 if TYPE_CHECKING:
     from rae_xla.config import MeshConfig, RuntimeConfig
 
+
+logger = logging.getLogger(__name__)
 
 REPRODUCIBLE_THREADS = 8
 """Least number of XLA's CPU threads in runs that must be reproducible to the last bit.
@@ -73,6 +89,7 @@ class XLABackend(GlobalArithmetic):
 
     Attributes:
         device_mesh: the mesh in torch_xla's terms, without axes of one device.
+        replay_counters: how many calls of compiled functions were traced and replayed.
     """
 
     name = "xla"
@@ -87,35 +104,70 @@ class XLABackend(GlobalArithmetic):
                 os.environ.setdefault("PJRT_NPROC", str(threads))
             if runtime.devices is not None:
                 os.environ["CPU_NUM_DEVICES"] = str(runtime.devices)
-        if runtime.compile_cache:
-            open_cache(runtime.compile_cache, compat.tpu_worker_id() if on_tpu() else 0)
+        self._megascale = Megascale(compat.tpu_metadata if on_tpu() else dict)
+        self._compile_cache = runtime.compile_cache
+        if runtime.compile_cache and can_load_programs():
+            open_cache(runtime.compile_cache, self._host_name())
         xr.use_spmd()
         self.device = torch_xla.device()
         self.process_index = xr.process_index()
         self.process_count = xr.process_count()
         count = xr.global_runtime_device_count()
         self.mesh = resolve_mesh(mesh, count)
+        if on_tpu():
+            check_slices(self.mesh, slice_count(), self._megascale.num_slices)
         self._join_hosts()
         self._rules = load_rules(mesh.sharding)
-        self.device_mesh = _make_device_mesh(self.mesh)
+        self.device_mesh = make_device_mesh(self.mesh, self._device_owners())
+        self._row_transfer: RowTransfer | None = None
+        if self.process_count > 1 and self.mesh.tensor > 1:
+            local = compat.local_device_numbers()
+            self._row_transfer = RowTransfer(self.device_mesh, self.mesh, local)
         xs.set_global_mesh(self.device_mesh)
         self._spmd_mesh = SpmdMesh(self.device_mesh)
         self._annotator = ShardingAnnotator(self._spmd_mesh)
+        register_token_gather()
         self._remat, self._scan = runtime.remat, runtime.scan
+        self.replay_counters = ReplayCounters()
+        self._replay = runtime.replay and self._can_replay()
+        self._compiled_at_start = _compiled_graphs()
         self._precision = runtime.precision
         self._flash_attention: dispatch.Registration | None = None
         self.choose_attention(runtime.attention, tpu=on_tpu())
         if runtime.precision == "fp32":  # the default on TPUs is a single bf16 pass
             torch_xla.backends.set_mat_mul_precision("highest")
         devices = f"{count} XLA device{'s' * (count > 1)} ({xr.device_type()})"
-        self.description = f"{devices}, mesh {self.mesh}, {runtime.precision}"
+        attention = describe_attention(runtime.attention, runtime.precision, tpu=on_tpu())
+        self.description = f"{devices}, mesh {self.mesh}, {runtime.precision}, {attention}"
         torch.manual_seed(seed)
+
+    def _host_name(self) -> str:
+        """A name of this host that no other host of the run has."""
+        worker = compat.tpu_worker_id() if on_tpu() else 0
+        slices = (self._megascale.num_slices or 1) > 1
+        return f"slice-{self._megascale.slice_id}-host-{worker}" if slices else f"host-{worker}"
+
+    def _can_replay(self) -> bool:
+        fault = find_fault(lambda host: self.send(host, ()))
+        if fault is not None:
+            logger.warning("runtime.replay is off, since a test of it failed: %s", fault)
+        return fault is None
 
     def _join_hosts(self) -> None:
         address = "localhost"
         if self.process_count > 1 and on_tpu() and "MASTER_ADDR" not in os.environ:
-            address = compat.tpu_process_0_address()
+            # Without this, slices of one host each would look for process 0 on their own host.
+            address = self._megascale.coordinator or compat.tpu_process_0_address()
         process_group.join_hosts(self.process_index, self.process_count, address)
+
+    def _device_owners(self) -> list[int]:
+        """Return the process of each device, by the number of the device."""
+        owners = [0] * self.mesh.size
+        local = compat.local_device_numbers() if self.process_count > 1 else []
+        for process, text in enumerate(process_group.all_gather_text(json.dumps(local))):
+            for device in json.loads(text):
+                owners[device] = process
+        return owners
 
     def choose_attention(self, setting: str, *, tpu: bool) -> None:
         """Register or remove the flash attention kernels.
@@ -147,6 +199,8 @@ class XLABackend(GlobalArithmetic):
             spec: its sharding, without axes of one device.
             rows: whether the processes together hold the rows of the global tensor.
         """
+        if rows and any(spec) and self._row_transfer is not None:
+            return self._row_transfer.send(host, spec)
         sharding = None
         if any(spec):
             minibatch = rows and self.process_count > 1
@@ -193,6 +247,25 @@ class XLABackend(GlobalArithmetic):
         stacked = stack(tensors, names)
         return {name: self.send(tensor, stored[name].stored) for name, tensor in stacked.items()}
 
+    def apply_to_matrices(
+        self, function: Callable[[Tensor], Tensor], stack: Tensor, dimension: int | None
+    ) -> Tensor:
+        """Apply a function to matrices, which are divided over all devices.
+
+        The partitioner exchanges the shards of all matrices for some complete ones on each device,
+        an all-to-all, and back.
+        """
+        axes = tuple(self._spmd_mesh.axis_sizes)
+        if not axes:
+            return function(stack)
+        count, devices = len(stack), self._spmd_mesh.shard_count(axes)
+        padding = -count % devices
+        if padding:
+            stack = torch.cat([stack, stack.new_zeros(padding, *stack.shape[1:])])
+        annotate = self._spmd_mesh.annotation((axes,))
+        result = annotate(function(annotate(stack)))
+        return result[:count] if padding else result
+
     def shard_batch(self, batch: Mapping[str, Tensor]) -> Batch:
         """Send this process's rows; together the processes send the global batch."""
         split = without_single_axes((BATCH,), self.mesh.axis_sizes)
@@ -202,25 +275,28 @@ class XLABackend(GlobalArithmetic):
         }
 
     def compile(self, fn: Fn) -> Fn:
-        """Return a function that runs as one graph; reading a result inside it is an error.
+        """Return a function that runs as one program; reading a result inside it is an error.
 
-        A step is traced while the devices compute the one before it.
+        It is traced twice for each signature of its arguments and replayed from then on (see
+        ``CapturedFunction``); with ``runtime.replay=false`` it is traced at each call.
         """
-
-        @functools.wraps(fn)
-        def call(*inputs: Any) -> Any:
-            with compat.execution_forbidden():
-                outputs = fn(*inputs)
-            torch_xla.sync()
-            return outputs
-
-        return cast("Fn", call)
+        captured = CapturedFunction(
+            fn,
+            self.replay_counters,
+            replay=self._replay,
+            one_at_a_time=self.on_cpu and self.mesh.size > 1,
+        )
+        return cast("Fn", captured)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Return a bf16 autocast context, or one that does nothing for fp32."""
         if self._precision == "bf16":
             return torch.autocast("xla", dtype=torch.bfloat16)
         return nullcontext()
+
+    def full_float32(self) -> AbstractContextManager[None]:
+        """Return a context whose products take six passes on TPUs, instead of one in bf16."""
+        return compat.matmul_precision("highest")
 
     def global_norm(self, tensors: Sequence[Tensor]) -> Tensor:
         """Return the L2 norm over all elements, with half the operations of a norm for each."""
@@ -255,9 +331,14 @@ class XLABackend(GlobalArithmetic):
         gather over the interconnect.
         """
         if self.process_count > 1:
-            return unstack({name: tensor.detach().cpu() for name, tensor in tensors.items()})
+            return unstack(gather_full(tensors, self._spmd_mesh.annotation(())))
         xm.wait_device_ops()
         return unstack(copy_full(tensors))
+
+    def to_host_later(self, tensors: Mapping[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
+        """Return the function that copies the tensors. It waits until the devices are idle."""
+        detached = {name: tensor.detach() for name, tensor in tensors.items()}
+        return lambda: self.to_host(detached)
 
     def snapshot(self, tensors: Mapping[str, Tensor]) -> dict[str, HostTensor]:
         """Copy the shards of this process's devices, each shard on one process only."""
@@ -278,9 +359,12 @@ class XLABackend(GlobalArithmetic):
         return process_group.all_gather_text(text)
 
     def compilations(self) -> int:
-        """Return how many graphs XLA has compiled."""
-        data = met.metric_data("CompileTime")
-        return int(data[0]) if data else 0
+        """Return how many graphs XLA has compiled since the backend was started."""
+        return _compiled_graphs() - self._compiled_at_start
+
+    def captures(self) -> int:
+        """Return how many calls were traced in order to be replayed later."""
+        return self.replay_counters.captures
 
     def fallbacks(self) -> dict[str, int]:
         """Return torch_xla's ``aten::`` counters: operations that XLA has no lowering for."""
@@ -318,8 +402,19 @@ class XLABackend(GlobalArithmetic):
             xp.stop_trace()
 
     def warnings(self) -> list[str]:
-        """Return a warning if the compilation cache does not work."""
-        return cache_warnings()
+        """Return warnings about a compilation cache that does not work, and about slow products."""
+        found = cache_warnings() if self._compile_cache else []
+        if on_tpu() and self._precision == "fp32":
+            found.append(
+                "runtime.precision=fp32 (the default) computes every matrix product on TPUs in six "
+                "passes: runtime.precision=bf16 is several times faster"
+            )
+        return found
+
+
+def _compiled_graphs() -> int:
+    data = met.metric_data("CompileTime")
+    return int(data[0]) if data else 0
 
 
 @functools.cache
@@ -328,18 +423,3 @@ def _tpu() -> Accelerator | None:
         return known_accelerator(compat.tpu_type())
     except (OSError, KeyError, TypeError):  # no metadata, or none about a TPU
         return None
-
-
-def _make_device_mesh(shape: MeshShape) -> xs.Mesh:
-    """Return a mesh of the devices in the order of their numbers; of slices, by their links.
-
-    Axes of one device are left out, because torch_xla 2.9 cannot send a vector to a mesh that has
-    any.
-    """
-    axes = [axis for axis in AXES if shape.axis_sizes[axis] > 1] or [BATCH[0]]
-    if shape.slices > 1 and "slice_index" in xr.global_runtime_device_attributes()[0]:
-        within = tuple(getattr(shape, axis) for axis in axes)
-        across = tuple(shape.slices if axis == BATCH[0] else 1 for axis in axes)
-        return xs.HybridMesh(ici_mesh_shape=within, dcn_mesh_shape=across, axis_names=tuple(axes))
-    sizes = tuple(shape.axis_sizes[axis] for axis in axes)
-    return xs.Mesh(np.arange(shape.size), sizes, tuple(axes))

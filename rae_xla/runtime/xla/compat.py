@@ -26,6 +26,7 @@ from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils import _pytree as pytree
 from torch_xla._internal import tpu
 from torch_xla.distributed.spmd.xla_sharding import ShardingType, _get_group_assignment
+from torch_xla.utils.buffer_donor_context import alias_with_buffer_donor_config
 
 # ------------------------------------------------------------------------------- TPU host metadata
 
@@ -54,6 +55,17 @@ def tpu_type() -> str:
     return str(tpu.get_tpu_type())
 
 
+def tpu_metadata() -> Mapping[str, object]:
+    """Return the ``tpu-env`` entry of this host's metadata; empty if there is none.
+
+    With ``TPU_SKIP_MDS_QUERY`` torch_xla builds it from environment variables instead.
+    """
+    try:
+        return cast("Mapping[str, object]", tpu.get_tpu_env())
+    except OSError:  # no metadata server, or no such entry
+        return {}
+
+
 def tpu_process_0_address() -> str:
     """Return the address of the host that runs process 0; call it after ``xr.use_spmd``.
 
@@ -61,6 +73,40 @@ def tpu_process_0_address() -> str:
     same function, but it passes no timeout to its store.
     """
     return str(tpu.discover_master_worker_ip())
+
+
+def local_device_numbers() -> list[int]:
+    """Return the numbers of this process's devices in the mesh, in torch_xla's order.
+
+    A mesh numbers the devices of all processes by the numbers in their names, as ``xs.HybridMesh``
+    does. The public ``xm.get_xla_supported_devices`` returns the virtual device of SPMD.
+    """
+
+    def number(name: str) -> int:
+        return int(name.rpartition(":")[2])
+
+    numbers = sorted(map(number, torch_xla._XLAC._xla_get_all_runtime_devices()))
+    return [numbers.index(number(name)) for name in torch_xla._XLAC._xla_get_runtime_devices()]
+
+
+# ------------------------------------------------------------------------------- precision
+
+
+@contextmanager
+def matmul_precision(precision: str) -> Iterator[None]:
+    """Set the precision of fp32 products of the graphs that are lowered inside the context.
+
+    The public ``torch_xla.backends.set_mat_mul_precision`` logs a warning at every call.
+
+    Args:
+        precision: ``default``, ``high`` or ``highest``.
+    """
+    previous = torch_xla._XLAC._xla_get_mat_mul_precision()
+    torch_xla._XLAC._xla_set_mat_mul_precision(precision)
+    try:
+        yield
+    finally:
+        torch_xla._XLAC._xla_set_mat_mul_precision(previous)
 
 
 # ------------------------------------------------------------------------------- tracing
@@ -81,8 +127,20 @@ def execution_forbidden() -> Iterator[None]:
 
 
 def tensor_id(tensor: Tensor) -> int:
-    """Return torch_xla's identifier of an XLA tensor, which in-place operations keep."""
+    """Return torch_xla's identifier of an XLA tensor; most in-place operations change it."""
     return int(torch_xla._XLAC._xla_get_tensor_id(tensor))
+
+
+def is_xla_tensor(tensor: Tensor) -> bool:
+    """Return whether a tensor is one of torch_xla's; those of torch's tracers only have its device.
+
+    No public function tells them apart: a fake tensor may be wrapped in a plain one.
+    """
+    try:
+        tensor_id(tensor)
+    except RuntimeError:
+        return False
+    return True
 
 
 def tensor_handles(tensors: Sequence[Tensor]) -> list[Any]:
@@ -90,10 +148,13 @@ def tensor_handles(tensors: Sequence[Tensor]) -> list[Any]:
     return list(torch_xla._XLAC._get_tensors_handle(list(tensors)))
 
 
-def graph_inputs(outputs: Sequence[Tensor]) -> list[Tensor]:
-    """Return the device tensors that the pending graph of ``outputs`` reads, in parameter order."""
-    _, tensors = torch_xla._XLAC._get_tensors_xla_device_data_node(list(outputs))
-    return list(tensors)
+def tensor_handle(tensor: Tensor) -> Any | None:
+    """Return a handle of the data behind a tensor; None if a program has reused its memory."""
+    try:
+        [handle] = tensor_handles([tensor])
+    except RuntimeError:
+        return None
+    return handle
 
 
 def graph_hlo_text(outputs: Sequence[Tensor]) -> str:
@@ -117,6 +178,66 @@ def pretend_device_count(count: int) -> None:
     that do not exist.
     """
     vars(xr)["global_runtime_device_count"] = lambda: count
+
+
+# ------------------------------------------------------------------------------- replay
+#
+# torch_xla offers a compiled program that runs without tracing only behind torch.compile, whose
+# AOTAutograd cannot trace a whole step with its optimizer (``_dynamo/dynamo_bridge.py``).
+
+
+CONSTANT_ID = -1
+"""Identifier of program inputs that hold a constant which torch_xla caches by its value."""
+
+
+def are_pending(tensors: Sequence[Tensor]) -> list[bool]:
+    """Return for each tensor whether its value has been traced but not computed."""
+    return list(torch_xla._XLAC._check_tensor_need_materialization(list(tensors)))
+
+
+def seed_id() -> int:
+    """Return the identifier of the input that holds the seed of the device's generator."""
+    return int(torch_xla._XLAC._get_seed_info_id())
+
+
+def program_inputs(outputs: Sequence[Tensor]) -> tuple[list[int], list[Tensor]]:
+    """Return what the pending graph of ``outputs`` reads, in the order of its parameters.
+
+    Returns:
+        The identifier of each input, which is that of the tensor it was read from (``tensor_id``)
+        or an unknown one for a constant, and tensors of their data.
+    """
+    ids, tensors = torch_xla._XLAC._get_tensors_xla_device_data_node(list(outputs))
+    return list(ids), list(tensors)
+
+
+def allow_donation(tensor: Tensor) -> None:
+    """Let the next program compiled with this input reuse its memory for an output."""
+    torch_xla._XLAC._set_buffer_donation(tensor, True)
+
+
+def compile_program(outputs: Sequence[Tensor]) -> Any:
+    """Compile the pending graph of ``outputs`` without running it; returns its key.
+
+    A program that has been compiled before, with the same inputs donated, is not compiled again.
+    """
+    with alias_with_buffer_donor_config():
+        key = torch_xla._XLAC._get_graph_hash(list(outputs))
+        torch_xla._XLAC._xla_warm_up_cache(list(outputs), [])
+    return key
+
+
+def run_program(key: Any, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Run a compiled program, without waiting for it; returns its outputs.
+
+    The inputs that it may reuse must not be read afterwards.
+    """
+    return list(torch_xla._XLAC._run_cached_graph(key, list(inputs)))
+
+
+def discard_pending(device: torch.device) -> None:
+    """Forget everything that has been traced but not computed; those tensors lose their value."""
+    torch_xla._XLAC._clear_pending_irs(str(device))
 
 
 # ------------------------------------------------------------------------------- sharding
@@ -158,6 +279,16 @@ def annotate_sharding(tensor: Tensor, op_sharding: Any) -> None:
     makes a thousand annotations, on the host thread that keeps the devices busy.
     """
     torch_xla._XLAC._xla_annotate_custom_sharding(tensor, op_sharding)
+
+
+def tensor_from_shards(shards: Sequence[Tensor], op_sharding: Any, shape: Sequence[int]) -> Tensor:
+    """Return the global tensor whose shards are given, one for each device of this process.
+
+    The public ``xm.send_cpu_data_to_device`` splits a tensor of the host itself, and fails where
+    several devices hold the same rows of a mini-batch.
+    """
+    found = torch_xla._XLAC._global_tensor_from_cpu_shards(list(shards), op_sharding, list(shape))
+    return cast("Tensor", found)
 
 
 def to_local_shards(tensor: Tensor) -> Tensor:
@@ -283,10 +414,21 @@ def call_with_parameters(
         return forward(*inputs)
 
 
-def flatten_inputs(inputs: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
-    """Flatten nested inputs to their leaves, and return the function that nests leaves again.
+def detach_results(nested: Any) -> Any:
+    """Return nested results without their autograd graphs, which hold tensors of the forward pass.
 
-    torch has no public pytree API for Python containers in 2.9.
+    Tensors without a graph stay the same objects.
     """
-    leaves, structure = pytree.tree_flatten(inputs)
-    return leaves, lambda found: pytree.tree_unflatten(list(found), structure)
+    return pytree.tree_map_only(
+        torch.Tensor, lambda t: t if t.grad_fn is None else t.detach(), nested
+    )
+
+
+def flatten(nested: Any) -> tuple[list[Any], Any]:
+    """Flatten dicts, lists and tuples to their leaves; returns the leaves and their structure.
+
+    Structures can be compared, and ``unflatten`` of a structure nests leaves again. torch has no
+    public pytree API for Python containers in 2.9.
+    """
+    leaves, structure = pytree.tree_flatten(nested)
+    return leaves, structure

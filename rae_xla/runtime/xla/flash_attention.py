@@ -8,6 +8,7 @@ The SPMD partitioner cannot split a kernel, so each device calls it on its rows 
 from __future__ import annotations
 
 import importlib.metadata
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -38,21 +39,35 @@ def minimum_tokens(setting: str, precision: str, *, tpu: bool) -> int | None:
     Raises:
         UserError: the setting requires the kernels, and they are not available.
     """
-    problem = ""
-    if not tpu:
-        problem = "its kernels run only on TPUs, and this machine has none"
-    elif installed_version("jax") != JAX_VERSION:
-        problem = (
-            f"its kernels need jax {JAX_VERSION}, not {installed_version('jax')}: "
-            f"pip install jax=={JAX_VERSION}"
-        )
-    elif precision != "bf16":
-        problem = f"its kernels compute in bf16, and runtime.precision is {precision}"
+    problem = _problem(precision, tpu)
     if setting == "flash" and problem:
         raise UserError(f"runtime.attention is flash, but {problem} (or set it to auto)")
     if setting == "plain" or problem:
         return None
     return 0 if setting == "flash" else AUTO_TOKENS
+
+
+def describe_attention(setting: str, precision: str, *, tpu: bool) -> str:
+    """Return which attention a run uses, and why if ``auto`` cannot use the kernels on TPUs."""
+    tokens = minimum_tokens(setting, precision, tpu=tpu)
+    if tokens is not None:
+        return "flash attention" + (f" from {tokens} tokens" if tokens else "")
+    problem = _problem(precision, tpu) if tpu and setting == "auto" else ""
+    return "plain attention" + (f" (flash attention: {problem})" if problem else "")
+
+
+def _problem(precision: str, tpu: bool) -> str:
+    """Return why the kernels are not available; empty if they are."""
+    if not tpu:
+        return "its kernels run only on TPUs, and this machine has none"
+    if (found := installed_version("jax")) != JAX_VERSION:
+        remedy = f"pip install jax=={JAX_VERSION}"
+        if sys.version_info < (3, 11):
+            remedy = "it needs Python 3.11: remove .venv and run install_spmd.sh again"
+        return f"its kernels need jax {JAX_VERSION}, not {found or 'none'}: {remedy}"
+    if precision != "bf16":
+        return f"its kernels compute in bf16, and runtime.precision is {precision}"
+    return ""
 
 
 def installed_version(package: str) -> str | None:
@@ -79,18 +94,30 @@ class FlashAttention:
         self._minimum_tokens, self._interpret = minimum_tokens, interpret
         self._shards = [mesh.shard_count(entry) for entry in _attention_spec(mesh)]
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor | None:
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bias: Tensor | None = None,
+        causal: bool = False,
+    ) -> Tensor | None:
         """Compute softmax(q kᵀ / √d) v.
 
         Args:
             query: (B, heads, N, d); all three tensors have the same dtype.
             key: like ``query``.
             value: like ``query``.
+            bias: of the scores.
+            causal: whether a query attends to no later key.
 
         Returns:
             (B, heads, N, d). None if the kernels do not support the shapes: N is below the minimum
-            or not a multiple of 128, lengths differ, or B and heads do not divide by the mesh.
+            or not a multiple of 128, lengths differ, or B and heads do not divide by the mesh; or
+            if there is a bias.
         """
+        if bias is not None:
+            return None
         tokens = query.shape[2]
         even = all(size % n == 0 for size, n in zip(query.shape, self._shards, strict=False))
         if tokens < self._minimum_tokens or tokens % self._lanes or not even:
@@ -98,9 +125,9 @@ class FlashAttention:
         if key.shape != query.shape or value.shape != query.shape:
             return None
         if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)):
-            result: Tensor = _FlashAttention.apply(query, key, value, self._interpret)
+            result: Tensor = _FlashAttention.apply(query, key, value, causal, self._interpret)
             return result
-        return _flash_forward(query, key, value, False, self._interpret)[0]
+        return _flash_forward(query, key, value, False, causal, self._interpret)[0]
 
 
 def _attention_spec(mesh: SpmdMesh) -> PartitionSpec:
@@ -110,7 +137,7 @@ def _attention_spec(mesh: SpmdMesh) -> PartitionSpec:
 
 
 def _call_kernel(
-    function: Callable[..., Any], tensors: Sequence[Tensor], interpret: bool
+    function: Callable[..., Any], tensors: Sequence[Tensor], causal: bool, interpret: bool
 ) -> list[Tensor]:
     """Call a function of ``flash_kernels`` on each device's shards of ``tensors``."""
     from rae_xla.runtime.xla import flash_kernels
@@ -119,22 +146,24 @@ def _call_kernel(
     spec = _attention_spec(mesh)
     if any(spec):
         tensors = [mesh.local_shards(tensor, spec) for tensor in tensors]
-    computation = flash_kernels.computation(function, tensors, interpret)
+    computation = flash_kernels.computation(function, tensors, causal, interpret)
     results = compat.call_computation("rae_xla::flash", tensors, computation)
     return [mesh.global_tensor(result, spec) for result in results] if any(spec) else results
 
 
 class _FlashAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, interpret: bool) -> Tensor:
-        result, log_sums = _flash_forward(query, key, value, True, interpret)
-        ctx.interpret = interpret
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, causal: bool, interpret: bool
+    ) -> Tensor:
+        result, log_sums = _flash_forward(query, key, value, True, causal, interpret)
+        ctx.options = causal, interpret
         ctx.save_for_backward(query, key, value, result, log_sums)
         return result
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return *_flash_backward(*ctx.saved_tensors, gradient, ctx.interpret), None
+        return *_flash_backward(*ctx.saved_tensors, gradient, *ctx.options), None, None
 
 
 # Custom operators, which the graph of a scan over blocks can hold. Their arguments can only be
@@ -143,13 +172,13 @@ class _FlashAttention(torch.autograd.Function):
 
 @torch.library.custom_op("rae_xla::flash_forward", mutates_args=())
 def _flash_forward(
-    query: Tensor, key: Tensor, value: Tensor, training: bool, interpret: bool
+    query: Tensor, key: Tensor, value: Tensor, training: bool, causal: bool, interpret: bool
 ) -> list[Tensor]:
     """Return the result of attention and, in training, the logarithms of the softmax's sums."""
     from rae_xla.runtime.xla import flash_kernels
 
     function = flash_kernels.forward if training else flash_kernels.result
-    return _call_kernel(function, [query, key, value], interpret)
+    return _call_kernel(function, [query, key, value], causal, interpret)
 
 
 @torch.library.custom_op("rae_xla::flash_backward", mutates_args=())
@@ -160,17 +189,20 @@ def _flash_backward(
     result: Tensor,
     log_sums: Tensor,
     gradient: Tensor,
+    causal: bool,
     interpret: bool,
 ) -> list[Tensor]:
     """Return the gradients of query, key and value."""
     from rae_xla.runtime.xla import flash_kernels
 
     tensors = [query, key, value, result, log_sums, gradient]
-    return _call_kernel(flash_kernels.backward, tensors, interpret)
+    return _call_kernel(flash_kernels.backward, tensors, causal, interpret)
 
 
 @_flash_forward.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, training: bool, interpret: bool) -> list[Tensor]:
+def _(
+    query: Tensor, key: Tensor, value: Tensor, training: bool, causal: bool, interpret: bool
+) -> list[Tensor]:
     result = torch.empty_like(query)
     log_sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
     return [result, log_sums] if training else [result]
@@ -184,6 +216,7 @@ def _(
     result: Tensor,
     log_sums: Tensor,
     gradient: Tensor,
+    causal: bool,
     interpret: bool,
 ) -> list[Tensor]:
     return [torch.empty_like(tensor) for tensor in (query, key, value)]

@@ -36,20 +36,24 @@ LANES = 128
 _QUERY_BLOCK, _KEY_BLOCK, _KEY_COMPUTE_BLOCK = 512, 1024, 512
 
 
-def result(query: Array, key: Array, value: Array, interpret: bool) -> tuple[Array, ...]:
+def result(
+    query: Array, key: Array, value: Array, causal: bool, interpret: bool
+) -> tuple[Array, ...]:
     """Compute attention of (B, heads, N, d) arrays; return a tuple of the result alone."""
-    attend = _kernel(*query.shape[1:3], residuals=False, interpret=interpret)
+    attend = _kernel(query, causal, residuals=False, interpret=interpret)
     attended = jax.vmap(attend)(*_padded(_scaled(query), key, value))
     return (attended[..., : value.shape[-1]],)
 
 
-def forward(query: Array, key: Array, value: Array, interpret: bool) -> tuple[Array, ...]:
+def forward(
+    query: Array, key: Array, value: Array, causal: bool, interpret: bool
+) -> tuple[Array, ...]:
     """Compute attention of (B, heads, N, d) arrays.
 
     Returns:
         The result, and the logarithms of the softmax's sums, (B, heads, N) float32.
     """
-    attend = _kernel(*query.shape[1:3], residuals=True, interpret=interpret)
+    attend = _kernel(query, causal, residuals=True, interpret=interpret)
     attended, (log_sums,) = jax.vmap(attend)(*_padded(_scaled(query), key, value))
     return attended[..., : value.shape[-1]], log_sums
 
@@ -61,10 +65,11 @@ def backward(
     attended: Array,
     log_sums: Array,
     gradient: Array,
+    causal: bool,
     interpret: bool,
 ) -> tuple[Array, ...]:
     """Return the gradients of query, key and value from the inputs and results of ``forward``."""
-    attend = _kernel(*query.shape[1:3], residuals=False, interpret=interpret)
+    attend = _kernel(query, causal, residuals=False, interpret=interpret)
 
     def one_image(q: Array, k: Array, v: Array, o: Array, sums: Array, do: Array) -> Any:
         kept = (q, k, v, None, None, o, sums, attend.dq_mask_info, attend.dkv_mask_info)
@@ -86,7 +91,8 @@ def _padded(*arrays: Array) -> list[Array]:
     return [jnp.pad(array, [(0, 0)] * 3 + [(0, missing)]) for array in arrays]
 
 
-def _kernel(heads: int, tokens: int, *, residuals: bool, interpret: bool) -> Any:
+def _kernel(query: Array, causal: bool, *, residuals: bool, interpret: bool) -> Any:
+    heads, tokens = query.shape[1:3]
     queries, keys = _divisor(tokens, _QUERY_BLOCK), _divisor(tokens, _KEY_BLOCK)
     computed = _divisor(keys, _KEY_COMPUTE_BLOCK)
     sizes = splash.BlockSizes(
@@ -94,7 +100,8 @@ def _kernel(heads: int, tokens: int, *, residuals: bool, interpret: bool) -> Any
         block_q_dkv=queries, block_kv_dkv=keys, block_kv_dkv_compute=computed,
         use_fused_bwd_kernel=True,
     )  # fmt: skip
-    mask = masks.MultiHeadMask([masks.FullMask((tokens, tokens))] * heads)
+    mask_of_head = masks.CausalMask if causal else masks.FullMask
+    mask = masks.MultiHeadMask([mask_of_head((tokens, tokens))] * heads)
     return splash.make_splash_mha(
         mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, save_residuals=residuals,
         interpret=interpret,
@@ -110,25 +117,32 @@ _JAX_TYPES = {torch.float32: jnp.float32, torch.bfloat16: jnp.bfloat16}
 
 
 def computation(
-    function: Callable[..., tuple[Array, ...]], tensors: Sequence[Tensor], interpret: bool
+    function: Callable[..., tuple[Array, ...]],
+    tensors: Sequence[Tensor],
+    causal: bool,
+    interpret: bool,
 ) -> Any:
     """Lower one of the functions above to an XLA computation.
 
     Args:
         function: ``result``, ``forward`` or ``backward``.
         tensors: its arguments, of which shapes and dtypes count.
+        causal: whether a query attends to no later key.
         interpret: lower for a CPU instead of a TPU.
     """
     shapes = tuple((tuple(t.shape), _JAX_TYPES[t.dtype]) for t in tensors)
-    return _computation(function, shapes, interpret)
+    return _computation(function, shapes, causal, interpret)
 
 
 @functools.cache
 def _computation(
-    function: Callable[..., tuple[Array, ...]], shapes: tuple[Any, ...], interpret: bool
+    function: Callable[..., tuple[Array, ...]],
+    shapes: tuple[Any, ...],
+    causal: bool,
+    interpret: bool,
 ) -> Any:
     given = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes]
-    called = functools.partial(function, interpret=interpret)
+    called = functools.partial(function, causal=causal, interpret=interpret)
     lowered = (
         jax.jit(called, keep_unused=True)
         .trace(*given)

@@ -1,17 +1,23 @@
-"""Copies of sharded XLA tensors on the host, from the shards of this process's devices."""
+"""Copies of sharded XLA tensors on the host."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
+import torch_xla.core.xla_model as xm
 from torch import Tensor
 
 from rae_xla.runtime.snapshot import HostShard, HostTensor
 from rae_xla.runtime.xla import compat
 from rae_xla.runtime.xla.compat import DeviceShard
+from rae_xla.runtime.xla.spmd_mesh import Annotate
 
-# Every function copies the shards, which torch_xla allows only while the devices are idle.
+MAX_GATHERED_BYTES = 256 << 20
+"""Bytes that ``gather_full`` holds on every device at a time."""
+
+# Every function but ``gather_full`` copies the shards of this process's devices, which torch_xla
+# allows only while the devices are idle.
 
 
 def copy_rows(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -32,6 +38,38 @@ def copy_full(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copy full tensors, in a run of one process, which has every shard."""
     found = zip(tensors.items(), _shards(tensors), strict=True)
     return {name: _assemble(tensor, shards) for (name, tensor), shards in found}
+
+
+def gather_full(tensors: Mapping[str, Tensor], replicate: Annotate) -> dict[str, Tensor]:
+    """Copy full tensors that the devices of several processes hold shards of.
+
+    ``Tensor.cpu`` compiles a program for each sharded tensor, at every call. Annotated copies are
+    gathered by one program for each set of shapes, which torch_xla caches.
+
+    Args:
+        tensors: the tensors; every process passes the same ones.
+        replicate: annotates a copy as replicated.
+    """
+    found: dict[str, Tensor] = {}
+    for names in _groups(tensors):
+        copies = {name: replicate(tensors[name].detach()) for name in names}
+        xm.unlazy(list(copies.values()))
+        found |= {name: copy.cpu() for name, copy in copies.items()}
+    return found
+
+
+def _groups(tensors: Mapping[str, Tensor]) -> Iterator[list[str]]:
+    """Names of tensors in groups of at most ``MAX_GATHERED_BYTES``, larger tensors alone."""
+    group: list[str] = []
+    size = 0
+    for name, tensor in tensors.items():
+        if group and size + tensor.nbytes > MAX_GATHERED_BYTES:
+            yield group
+            group, size = [], 0
+        group.append(name)
+        size += tensor.nbytes
+    if group:
+        yield group
 
 
 def copy_first_replicas(tensors: Mapping[str, Tensor]) -> dict[str, HostTensor]:

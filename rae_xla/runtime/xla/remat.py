@@ -28,24 +28,32 @@ def rematerialise(blocks: Sequence[nn.Module], share: float) -> None:
     ``torch.autograd.grad``, and inserts the barrier into the parameters themselves.
 
     Args:
-        blocks: modules that take tensors, or tuples of them, and return a tensor.
+        blocks: modules that take tensors, or tuples of them, and return a tensor. Arguments
+            without a gradient, such as flags, and keywords are passed on.
         share: 0 to 1.
     """
     for block in evenly_spread(blocks, share):
         block.forward = partial(_rematerialised, block, block.forward)
 
 
-def _rematerialised(block: nn.Module, forward: Callable[..., Tensor], *inputs: Any) -> Tensor:
+def _rematerialised(
+    block: nn.Module, forward: Callable[..., Tensor], *inputs: Any, **keywords: Any
+) -> Tensor:
     names, parameters = zip(*block.named_parameters(), strict=True)
-    leaves, unflatten = compat.flatten_inputs(inputs)
+    leaves, structure = compat.flatten((inputs, keywords))
 
     def run(*tensors: Tensor) -> Tensor:
         values = dict(zip(names, tensors, strict=False))
-        nested = unflatten(tensors[len(names) :])
-        result: Tensor = compat.call_with_parameters(block, forward, values, nested)
+        given = iter(tensors[len(names) :])
+        nested, options = structure.unflatten(
+            [next(given) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        )
+        call = partial(forward, **options)
+        result: Tensor = compat.call_with_parameters(block, call, values, nested)
         return result
 
-    result: Tensor = _Recomputed.apply(run, *parameters, *leaves)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    result: Tensor = _Recomputed.apply(run, *parameters, *tensors)
     return result
 
 

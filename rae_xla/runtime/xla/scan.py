@@ -8,6 +8,7 @@ and with them the time to trace and compile a deep model.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -35,7 +36,7 @@ def scan_identical_blocks(
     Args:
         network: module that contains the blocks, on the host.
         blocks: blocks by name, in the order of their calls. Each takes the output of the block
-            before it and the same further inputs.
+            before it and the same further inputs, which may be keywords.
         remat: share of a run, its first blocks, that save nothing but their input; they are a loop
             by themselves.
         mesh: of the run; it is tracing while a block is traced on fake tensors.
@@ -67,15 +68,26 @@ def _rematerialised_count(share: float, count: int) -> int:
 
 
 def _runs(blocks: Mapping[str, nn.Module]) -> Iterator[list[str]]:
-    """Consecutive blocks of one class whose parameters have the same names and shapes."""
+    """Consecutive blocks of one class whose parameters have the same names and shapes.
+
+    A run ends at a block whose output is read by others than the next block
+    (``models.intermediate_heads.mark_read_blocks``): a loop returns the output of its last block.
+    """
 
     def signature(name: str) -> object:
         block = blocks[name]
         parameters = [(n, p.shape, p.requires_grad) for n, p in block.named_parameters()]
         return name.rpartition(".")[0], type(block), parameters
 
-    for _, run in groupby(blocks, key=signature):
-        yield list(run)
+    for _, alike in groupby(blocks, key=signature):
+        run: list[str] = []
+        for name in alike:
+            run.append(name)
+            if getattr(blocks[name], "output_is_read", False):
+                yield run
+                run = []
+        if run:
+            yield run
 
 
 def _make_loop(
@@ -83,7 +95,7 @@ def _make_loop(
 ) -> None:
     _stack_parameters(run)
     first, *others = run
-    first.forward = ScannedForward(first, partition, mesh)
+    first.forward = ScannedForward(run, partition, mesh)
     for block in others:
         block.forward = _return_first_input
     owner, _, number = names[0].rpartition(".")
@@ -112,7 +124,7 @@ def _rename(owner: nn.Module, old: str, new: str) -> None:
         owner.add_module(new if name == old else name, child)
 
 
-def _return_first_input(x: Tensor, *_: Any) -> Tensor:
+def _return_first_input(x: Tensor, *_: Any, **__: Any) -> Tensor:
     return x
 
 
@@ -120,49 +132,92 @@ class ScannedForward:
     """The forward pass of a run of blocks, with the stacked parameters of its first block.
 
     Args:
-        block: first block of the run; its own ``forward`` computes one block.
+        run: the blocks; the ``forward`` of the first one computes one block.
         partition: splits the traced block into a forward and a backward pass.
         mesh: of the run.
     """
 
-    def __init__(self, block: nn.Module, partition: Any, mesh: SpmdMesh) -> None:
-        self._block, self._forward = block, block.forward
+    def __init__(self, run: list[nn.Module], partition: Any, mesh: SpmdMesh) -> None:
+        self._block = run[0]
+        self._forward: Callable[..., Any] = run[0].forward
+        self._numbers = [_layer_numbers(block) for block in run]
         self._partition, self._mesh = partition, mesh
         # Kept, because torch_xla recognises a function that it has traced by its identity.
         self._body: Body | None = None
 
-    def __call__(self, *inputs: Any) -> Tensor:
+    def __call__(self, *inputs: Any, **keywords: Any) -> Tensor:
         """Run the blocks one after the other: a loop in training, unrolled without gradients."""
         names, stacked = zip(*self._block.named_parameters(), strict=True)
         if not torch.is_grad_enabled():
-            x, *others = inputs
-            for parameters in zip(*stacked, strict=True):
-                values = dict(zip(names, parameters, strict=True))
-                x = compat.call_with_parameters(self._block, self._forward, values, (x, *others))
-            return x
-        leaves, unflatten = compat.flatten_inputs(inputs)
+            return self._run_unrolled(names, stacked, inputs, keywords)
+        leaves, structure = compat.flatten((inputs, keywords))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         if self._body is None:
-            self._body = self._make_body(names, unflatten)
+            self._body = self._make_body(names, leaves, structure.unflatten)
+        # A loop carries numbers that may have a gradient: masks and positions become float32.
+        carried = tuple(t if t.is_floating_point() else t.float() for t in tensors)
         with self._mesh.tracing():
             (result, *_), _ = scan(
-                self._body, tuple(leaves), list(stacked), self._partition, is_fn_pure=True
+                self._body, carried, list(stacked), self._partition, is_fn_pure=True
             )
         return result
 
-    def _make_body(self, names: tuple[str, ...], unflatten: Callable[[Any], Any]) -> Body:
-        """Return one iteration: from the carried inputs and the parameters of one block."""
+    def _run_unrolled(
+        self,
+        names: tuple[str, ...],
+        stacked: tuple[Tensor, ...],
+        inputs: tuple[Any, ...],
+        keywords: dict[str, Any],
+    ) -> Tensor:
+        x, *others = inputs
+        forward = partial(self._forward, **keywords)
+        for numbers, parameters in zip(self._numbers, zip(*stacked, strict=True), strict=True):
+            _set_layer_numbers(self._block, numbers)
+            values = dict(zip(names, parameters, strict=True))
+            x = compat.call_with_parameters(self._block, forward, values, (x, *others))
+        return x
+
+    def _make_body(
+        self, names: tuple[str, ...], leaves: list[Any], unflatten: Callable[[Any], Any]
+    ) -> Body:
+        """Return one iteration: from the carried inputs and the parameters of one block.
+
+        Args:
+            names: of the parameters.
+            leaves: inputs of the first call. Those that are not tensors are constants.
+            unflatten: nests leaves to inputs and keywords.
+        """
+        constants = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        dtypes = [leaves[i].dtype for i in places]
 
         def body(
             carried: tuple[Tensor, ...], parameters: list[Tensor]
         ) -> tuple[tuple[Tensor, ...], None]:
             values = dict(zip(names, parameters, strict=True))
-            inputs = unflatten(carried)
-            result = compat.call_with_parameters(self._block, self._forward, values, inputs)
+            given = list(constants)
+            for place, dtype, tensor in zip(places, dtypes, carried, strict=True):
+                given[place] = tensor if dtype.is_floating_point else tensor.to(dtype)
+            inputs, keywords = unflatten(given)
+            forward = partial(self._forward, **keywords)
+            result = compat.call_with_parameters(self._block, forward, values, inputs)
             _, *others = carried
             # What is carried on unchanged must be another tensor than the input.
             return (result.to(carried[0].dtype), *(other.clone() for other in others)), None
 
         return body
+
+
+def _layer_numbers(block: nn.Module) -> list[int]:
+    """Return the numbers by which the layers of transformers find their cached keys and values."""
+    numbered: list[Any] = [m for m in block.modules() if hasattr(m, "layer_idx")]
+    return [module.layer_idx for module in numbered]
+
+
+def _set_layer_numbers(block: nn.Module, numbers: list[int]) -> None:
+    numbered: list[Any] = [m for m in block.modules() if hasattr(m, "layer_idx")]
+    for module, number in zip(numbered, numbers, strict=True):
+        module.layer_idx = number
 
 
 def _save_inputs_only(*arguments: Any, **options: Any) -> Any:

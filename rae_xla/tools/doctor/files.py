@@ -15,18 +15,26 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from rae_xla import storage
+from rae_xla.checkpoint.manager import checkpoints_folder
 from rae_xla.config import RunConfig
+from rae_xla.config.text_to_image import TextToImageConfig
+from rae_xla.data.bad_samples import SampleError
+from rae_xla.data.mixture import open_training_data
 from rae_xla.data.reader import load_sample
-from rae_xla.data.shards.index import open_index
+from rae_xla.data.shards.index import ShardIndex, open_index
 from rae_xla.data.transforms import CenterCrop
 from rae_xla.errors import UserError
 from rae_xla.interop.instantiate import instantiate
 from rae_xla.models.decoder import DecoderConfig, ViTDecoder
+from rae_xla.models.text_to_image.language_model import read_lm_config
 from rae_xla.storage import gcs_client
 from rae_xla.tools.doctor.devices import MAX_SKEW
 from rae_xla.tools.doctor.finding import DoctorContext, Finding
+from rae_xla.train.tasks.text_to_image import TextToImageTask
+from rae_xla.train.text_to_image_model import build_model, freeze
 
 STORAGE, DATA = "storage", "data"
 
@@ -53,10 +61,8 @@ def check_storage(context: DoctorContext) -> Iterator[Finding]:
         yield _server_clock()
 
 
-def _checkpoints(config: RunConfig, results: Path | None) -> str | None:
-    if config.checkpoint.dir is not None or results is None:
-        return config.checkpoint.dir
-    return str(results / "checkpoints")
+def _checkpoints(config: RunConfig, results: str | Path | None) -> str | None:
+    return config.checkpoint.dir if results is None else checkpoints_folder(config, results)
 
 
 def _check_location(name: str, location: str, required: float) -> Finding:
@@ -99,7 +105,7 @@ def _write_and_read(location: str) -> None:
 
 def _existing_folder(location: str) -> str:
     """Return the folder, or its nearest existing ancestor."""
-    folder = os.path.abspath(os.path.expanduser(location))
+    folder = os.path.abspath(location)
     while not os.path.exists(folder):
         folder = os.path.dirname(folder)
     if not os.path.isdir(folder):
@@ -119,8 +125,14 @@ def _checkpoint_bytes(context: DoctorContext) -> float:
 
 
 def trained_parameters(config: RunConfig) -> int:
-    """Count the parameters of the diffusion transformer, or else of the decoder; load nothing."""
+    """Count the parameters that a run trains; load nothing.
+
+    Those of the text-to-image model, of the diffusion transformer, or else of the decoder.
+    """
+    model: nn.Module
     with torch.device("meta"):
+        if config.text_to_image is not None and config.misc.latent_size is not None:
+            return _trained_with_text(config, config.text_to_image, config.misc.latent_size)
         if config.stage_2 is not None:
             model = instantiate(replace(config.stage_2, ckpt=None))
         elif config.stage_1 is not None and config.misc.latent_size is not None:
@@ -135,6 +147,30 @@ def trained_parameters(config: RunConfig) -> int:
         else:
             return 0
     return sum(p.numel() for p in model.parameters())
+
+
+def _trained_with_text(
+    config: RunConfig, section: TextToImageConfig, latent_size: tuple[int, int, int]
+) -> int:
+    """Count the trained parameters of a text-to-image model; 0 if its sizes are not known here."""
+    values = section.language_model_config
+    if values is None and section.language_model is not None:
+        with contextlib.suppress(UserError):  # the run will report it
+            values = read_lm_config(section.language_model).to_dict()
+    if values is None:  # of a checkpoint, which would have to be read
+        return 0
+    tokenizer = section.tokenizer or section.ckpt or section.language_model
+    plain = replace(
+        section,
+        ckpt=None,
+        language_model=None,
+        language_model_config=values,
+        tokenizer=tokenizer,
+    )
+    channels, height, width = latent_size
+    model = build_model(replace(config, text_to_image=plain), channels, height * width)
+    freeze(model, section.train)
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def _server_clock() -> Finding:
@@ -175,14 +211,38 @@ def check_data(context: DoctorContext) -> Iterator[Finding]:
         try:
             index = open_index(folder)
             start = time.perf_counter()
-            for sample in {0, len(index) - 1}:
+            for sample in {0, len(index) - 1} if len(index) else ():
                 load_sample(index, sample, CenterCrop(config.data.image_size), (0.5, 0.5))
             seconds = time.perf_counter() - start
+            captions = _check_captions(config, folder, index)
         except (UserError, OSError, ValueError) as error:
             yield Finding(DATA, name, "FAIL", f"{folder}: {error}", f"{name}: {error}")
             continue
         yield Finding(
             DATA, name, "ok",
             f"{folder}: {len(index)} images of {index.num_classes} classes in {len(index.shards)} "
-            f"shards; first and last decoded in {seconds:.2f} s",
+            f"shards; first and last decoded in {seconds:.2f} s{captions}",
         )  # fmt: skip
+
+
+def _check_captions(config: RunConfig, folder: str, index: ShardIndex) -> str:
+    """Make the rows of the first and the last sample of a text-to-image run.
+
+    Returns:
+        What was found, for the finding of the shards; empty for other runs.
+
+    Raises:
+        UserError: there are no captions, or the tokenizer cannot be used.
+    """
+    if config.text_to_image is None:
+        return ""
+    data = open_training_data(folder)
+    rows = TextToImageTask.row_arrays(config, data)
+    unusable = 0
+    for sample in {0, len(data) - 1}:
+        try:
+            rows.arrays(0, sample, 0, 0)
+        except SampleError:
+            unusable += 1
+    found = f"; {len(data)} samples with texts, first and last tokenised"
+    return found + (f" ({unusable} of them cannot be used)" if unusable else "")

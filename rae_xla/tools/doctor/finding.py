@@ -50,7 +50,7 @@ class DoctorContext:
 
     config: RunConfig
     config_given: bool
-    results_dir: Path | None
+    results_dir: str | Path | None
     backend: Backend | None = None
 
 

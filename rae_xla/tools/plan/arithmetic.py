@@ -26,8 +26,8 @@ class MetaBackend(GlobalArithmetic):
     process_index, process_count = 0, 1
 
     def place(self, module: nn.Module) -> nn.Module:
-        """Return the module, which was built on the meta device."""
-        return module
+        """Return the module; constants that were built on the CPU move to the meta device."""
+        return module.to(self.device)
 
     def place_tensors(self, tensors: Mapping[str, Tensor], *_: Any, **__: Any) -> dict[str, Tensor]:
         """Return the tensors, which were created on the meta device."""
@@ -36,6 +36,12 @@ class MetaBackend(GlobalArithmetic):
     def autocast(self) -> AbstractContextManager[Any]:
         """Return a null context: counts do not depend on the precision."""
         return nullcontext()
+
+    def apply_to_matrices(
+        self, function: Callable[[Tensor], Tensor], stack: Tensor, dimension: int | None
+    ) -> Tensor:
+        """Return the matrices: the cost of the optimizer does not depend on the images."""
+        return stack
 
     def compile(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         """Return the function itself."""
@@ -49,11 +55,12 @@ class ModelCounts:
     Attributes:
         trained: parameters that the optimizer updates, over all networks.
         split: those of them with two or more dimensions, which FSDP gathers and scatters.
-        averaged: parameters of the moving average.
+        averaged: parameters of the moving averages.
         frozen: parameters of the networks that are not trained.
         step: FLOPs of the step per image, without recomputation; a multiply-add counts as 2.
         phase: phase of the run that the step belongs to.
         shapes: shapes of the trained parameters.
+        moments: elements of the optimizer's state.
     """
 
     trained: int
@@ -63,6 +70,7 @@ class ModelCounts:
     step: float
     phase: str
     shapes: tuple[tuple[int, ...], ...]
+    moments: int
 
 
 def count_model(config: RunConfig, task_name: str) -> ModelCounts:
@@ -70,7 +78,7 @@ def count_model(config: RunConfig, task_name: str) -> ModelCounts:
 
     Args:
         config: of the run, as ``networks.without_weights`` returns it.
-        task_name: ``stage1`` or ``stage2``.
+        task_name: key of ``rae_xla.train.tasks.TASKS``.
 
     Raises:
         UserError: if the configuration does not describe a run that can be built.
@@ -79,10 +87,16 @@ def count_model(config: RunConfig, task_name: str) -> ModelCounts:
     number = last_step(config)
     with torch.device("meta"):
         task = build_task(config, task_name, backend)
-        state = make_state(task.model, backend, disc=task.disc)
+        state = make_state(
+            task.model,
+            backend,
+            disc=task.disc,
+            first_moment_only=task.first_moment_only,
+            average_widths=task.average_widths,
+        )
         phase = task.phase(number)
         step = task.make_step(phase, state)
-        rows = config.training.grad_accum_steps
+        rows = task.smallest_batch
         batch = host_batch(rows, config.data.image_size, task, number)
         flops = count_flops(lambda: step(batch))
     trained = [t for t in (state.model, state.disc) if t is not None]
@@ -91,9 +105,11 @@ def count_model(config: RunConfig, task_name: str) -> ModelCounts:
     return ModelCounts(
         trained=sum(p.numel() for p in parameters),
         split=sum(p.numel() for p in parameters if p.dim() > 1),
-        averaged=sum(p.numel() for p in state.ema.parameters()),
+        averaged=sum(p.numel() for p in state.ema.parameters())
+        + sum(t.numel() for of in state.averages.values() for t in of.values()),
         frozen=sum(p.numel() for p in task.frozen.parameters() if id(p) not in trained_ids),
         step=flops / rows,
         phase=str(phase),
         shapes=tuple(tuple(p.shape) for p in parameters),
+        moments=sum(m.numel() for t in trained for m in t.optimizer_tensors().values()),
     )

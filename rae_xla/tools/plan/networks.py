@@ -16,12 +16,14 @@ from rae_xla.config import ModelSpec, RunConfig
 from rae_xla.config.geometry import encoder_geometry
 from rae_xla.config.registry import full_name
 from rae_xla.errors import UserError
+from rae_xla.tools.plan.language_models import text_to_image_without_weights
 
 # The keys of the published encoders' config.json that determine shapes: DINOv2 with registers
-# (Oquab 2023, Darcet 2024), SigLIP2 (Tschannen 2025), MAE (He 2022).
+# (Oquab 2023, Darcet 2024), DINOv3 (Siméoni 2025), SigLIP2 (Tschannen 2025), MAE (He 2022).
 _DINOV2 = {"model_type": "dinov2_with_registers", "image_size": 518}
 _MAE = {"model_type": "vit_mae"}
 _SIGLIP = {"model_type": "siglip_vision_model"}
+_DINOV3 = {"model_type": "dinov3_vit", "num_register_tokens": 4, "key_bias": False}
 _PUBLISHED: list[tuple[str, dict[str, Any]]] = [
     (r"dinov2.*small", _DINOV2 | {"hidden_size": 384, "num_hidden_layers": 12,
                                   "num_attention_heads": 6}),
@@ -31,6 +33,12 @@ _PUBLISHED: list[tuple[str, dict[str, Any]]] = [
                                   "num_attention_heads": 16}),
     (r"dinov2.*giant", _DINOV2 | {"hidden_size": 1536, "num_hidden_layers": 40,
                                   "num_attention_heads": 24, "use_swiglu_ffn": True}),
+    (r"dinov3-vits16-", _DINOV3 | {"hidden_size": 384, "num_hidden_layers": 12,
+                                   "num_attention_heads": 6, "intermediate_size": 1536}),
+    (r"dinov3-vitb16-", _DINOV3 | {"hidden_size": 768, "num_hidden_layers": 12,
+                                   "num_attention_heads": 12, "intermediate_size": 3072}),
+    (r"dinov3-vitl16-", _DINOV3 | {"hidden_size": 1024, "num_hidden_layers": 24,
+                                   "num_attention_heads": 16, "intermediate_size": 4096}),
     (r"siglip.*base", _SIGLIP | {"hidden_size": 768, "num_hidden_layers": 12,
                                  "num_attention_heads": 12, "intermediate_size": 3072}),
     (r"siglip.*large", _SIGLIP | {"hidden_size": 1024, "num_hidden_layers": 24,
@@ -78,9 +86,13 @@ def without_weights(config: RunConfig, folder: Path) -> tuple[RunConfig, list[st
     config = replace(config, eval=None)
     if config.stage_2 is not None:
         config = replace(config, stage_2=replace(config.stage_2, ckpt=None))
+    notes: list[str] = []
+    if config.text_to_image is not None:
+        section, notes = text_to_image_without_weights(config.text_to_image, folder)
+        config = replace(config, text_to_image=section)
     if config.stage_1 is None:
-        return config, []
-    params, notes = dict(config.stage_1.params), []
+        return config, notes
+    params = dict(config.stage_1.params)
     encoder_params = dict(params.get("encoder_params") or {})
     path_key = next((k for k in ("dinov2_path", "model_name") if k in encoder_params), None)
     name = encoder_params[path_key] if path_key else params.get("encoder_config_path")

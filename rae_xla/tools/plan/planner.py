@@ -16,6 +16,7 @@ from rae_xla.tools.plan.arithmetic import count_model
 from rae_xla.tools.plan.compile import CompileJob, CompileResult, why_no_compiler
 from rae_xla.tools.plan.compiled_step import CompiledStep, analyse_step
 from rae_xla.tools.plan.forecast import IMAGENET_IMAGES, Case, Forecast, make_case, make_forecast
+from rae_xla.tools.plan.host import HostJob, HostTime
 from rae_xla.tools.plan.networks import without_weights
 from rae_xla.tools.plan.tpus import Topology
 from rae_xla.tools.plan.trace import TraceJob
@@ -33,7 +34,7 @@ class PlanRequest:
 
     Attributes:
         config: of the run.
-        task: ``stage1`` or ``stage2``.
+        task: key of ``rae_xla.train.tasks.TASKS``.
         effort: of the compiler, ``full`` or ``fast``.
         images: images per epoch.
         price: of one chip for one hour, if known.
@@ -72,15 +73,16 @@ def make_forecasts(
         counts = count_model(config, request.task)
         compiler = _Compiler(request, folder)
         for case in cases:
-            step, not_compiled = None, no_compiler or ""
+            step, host, not_compiled = None, None, no_compiler or ""
             if no_compiler is None:
                 try:
+                    host = compiler.host_time(case)
                     step = compiler.compile(case)
                     not_compiled = step.result.failure
                 except WorkerError as error:
                     not_compiled = str(error)
             yield make_forecast(
-                case, counts, step, not_compiled=not_compiled,
+                case, counts, step, host=host, not_compiled=not_compiled,
                 images=request.images, price=request.price, notes=notes,
             )  # fmt: skip
 
@@ -92,6 +94,7 @@ class _Compiler:
     request: PlanRequest
     folder: Path
     traced: dict[tuple[int, int, int], Path] = field(default_factory=dict)
+    replayed: dict[tuple[int, int, int], float] = field(default_factory=dict)
 
     def compile(self, case: Case) -> CompiledStep:
         traced = self._trace(case)
@@ -106,6 +109,18 @@ class _Compiler:
             rows=case.batch // case.mesh.batch_shards,
             bf16=case.config.runtime.precision == "bf16",
         )
+
+    def host_time(self, case: Case) -> HostTime:
+        """Measure what the host needs for a step, traced and replayed."""
+        traced = _read(self._trace(case))
+        donated = sum(argument["donated"] for argument in traced["arguments"])
+        chips = min(case.topology.chips_per_host, case.topology.chips)
+        key = len(traced["arguments"]), donated, chips
+        if key not in self.replayed:
+            out = self.folder / f"host-{len(self.replayed)}"
+            self._run("host", HostJob(*key, str(out)), out, "measuring the host time of a replay")
+            self.replayed[key] = _read(out)["seconds"]
+        return HostTime(traced["host_seconds"], self.replayed[key])
 
     def _trace(self, case: Case) -> Path:
         key = case.topology.chips, case.topology.slices, case.batch

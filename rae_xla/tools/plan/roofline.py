@@ -1,5 +1,7 @@
 """Roofline model: lower bound of the step time from FLOPs and bytes, and the resulting cost.
 
+The host launches a step while the chips compute the previous one, so it is one more resource.
+
 Compute, memory and interconnect are assumed to work at their peak and in parallel; a real step is
 slower. The memory time is the least certain: the compiler keeps some results in on-chip memory that
 its text does not mark, and ``traffic`` counts them.
@@ -7,7 +9,7 @@ its text does not mark, and ``traffic`` counts them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rae_xla.tools.plan.tpus import Topology
 
@@ -21,6 +23,7 @@ class Roofline:
         memory: HBM.
         interconnect: links between the chips of a slice.
         network: data-centre network between slices.
+        host: launching the step from Python, on the machine that planned it; 0 if not measured.
         mfu: model FLOP utilisation at the step time of the slowest resource, without recomputation.
     """
 
@@ -28,12 +31,13 @@ class Roofline:
     memory: float
     interconnect: float
     network: float
+    host: float
     mfu: float
 
     @property
     def step(self) -> float:
         """Seconds per step: the time of the slowest resource."""
-        return max(self.compute, self.memory, self.interconnect, self.network)
+        return max(self.compute, self.memory, self.interconnect, self.network, self.host)
 
     @property
     def limit(self) -> str:
@@ -43,6 +47,7 @@ class Roofline:
             "memory": self.memory,
             "interconnect": self.interconnect,
             "network": self.network,
+            "host": self.host,
         }
         return max(times, key=lambda name: times[name])
 
@@ -55,6 +60,7 @@ def roofline(
     hbm_bytes: float,
     ici_bytes: float,
     dcn_bytes: float,
+    host: float = 0.0,
 ) -> Roofline:
     """Return the roofline of one step.
 
@@ -65,6 +71,7 @@ def roofline(
         hbm_bytes: bytes that each chip reads and writes per step.
         ici_bytes: bytes that each chip sends within its slice per step.
         dcn_bytes: bytes that each chip sends to other slices per step, through its host.
+        host: seconds that the host needs to launch a step, while the chips compute the one before.
     """
     chip = topology.generation
     compute = executed_flops / topology.chips / chip.peak_flops
@@ -73,10 +80,10 @@ def roofline(
         memory=hbm_bytes / chip.hbm_bandwidth,
         interconnect=ici_bytes / chip.ici_bandwidth,
         network=dcn_bytes / chip.dcn_bandwidth,
+        host=host,
         mfu=0.0,
     )
-    mfu = model_flops / topology.chips / chip.peak_flops / times.step
-    return Roofline(times.compute, times.memory, times.interconnect, times.network, mfu)
+    return replace(times, mfu=model_flops / topology.chips / chip.peak_flops / times.step)
 
 
 def fsdp_minimum(parameters: float, shards: int, bytes_each: int) -> float:

@@ -92,9 +92,20 @@ def _model_lines(forecast: Forecast) -> list[str]:
         f"{counts.step * forecast.case.batch / 1e12:,.1f} TFLOP per step" + _recomputed(forecast),
         f"    time {source}: compute {_ms(times.compute)}, memory {_ms(times.memory)}, "
         f"interconnect {_ms(times.interconnect)}{slices}",
+        *_host_lines(forecast),
         f"    step {_ms(times.step)} (limit: {times.limit}), MFU at most {times.mfu:.1%}, "
         f"{cost.images_per_second:,.0f} images/s",
         f"    {cost.steps:,} steps: {cost.hours:,.1f} h, {cost.chip_hours:,.0f} chip-hours{price}",
+    ]
+
+
+def _host_lines(forecast: Forecast) -> list[str]:
+    host = forecast.host
+    if host is None:
+        return []
+    return [
+        f"    host time of a step on this machine: replayed {_ms(host.replayed)}, "
+        f"traced {_ms(host.traced)} (runtime.replay=false)"
     ]
 
 
@@ -110,7 +121,7 @@ def forecast_table(forecasts: Sequence[Forecast]) -> str:
     """Format several forecasts as a table, one line each."""
     header = (
         "slice", "batch", "fits", "HBM GiB", "sent/min", "accessed GB", "compute ms", "memory ms",
-        "ici ms", "MFU", "images/s", "hours", "chip-hours", "price", "compile s",
+        "ici ms", "host ms", "MFU", "images/s", "hours", "chip-hours", "price", "compile s",
     )  # fmt: skip
     rows = [header] + [_row(forecast) for forecast in forecasts]
     widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
@@ -134,6 +145,7 @@ def _row(forecast: Forecast) -> tuple[str, ...]:
         f"{times.compute * 1e3:.0f}",
         f"{times.memory * 1e3:.0f}",
         f"{times.interconnect * 1e3:.0f}",
+        f"{times.host * 1e3:.0f}" if forecast.host else "?",
         f"{times.mfu:.0%}",
         f"{cost.images_per_second:,.0f}",
         f"{cost.hours:,.0f}",
@@ -159,6 +171,7 @@ def forecast_json(forecast: Forecast, effort: str) -> dict[str, Any]:
             "arithmetic": asdict(counts),
             "state_bytes": forecast.state_bytes,
             "fsdp_minimum_bytes": forecast.fsdp_minimum,
+            "host_seconds": None if forecast.host is None else asdict(forecast.host),
             "roofline_seconds": asdict(forecast.roofline)
             | {"step": forecast.roofline.step, "limit": forecast.roofline.limit},
             "cost": asdict(forecast.cost),

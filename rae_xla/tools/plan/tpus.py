@@ -85,6 +85,12 @@ class Topology:
         return math.prod(self.shape) * self.slices
 
     @property
+    def chips_per_host(self) -> int:
+        """Number of chips of a host: 4, or all of a v5e or v6e slice of up to 8 chips."""
+        chips = math.prod(self.shape)
+        return min(chips, 8 if self.generation.dimensions == 2 and chips <= 8 else 4)
+
+    @property
     def accelerator(self) -> str:
         """gcloud's accelerator type, preceded by the number of slices if there are several."""
         count = math.prod(self.shape) * (2 if self.generation.cores_in_name else 1)

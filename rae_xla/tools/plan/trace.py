@@ -42,7 +42,7 @@ class TraceJob:
 
     Attributes:
         config: path of the run's configuration, without weights (``networks.without_weights``).
-        task: ``stage1`` or ``stage2``.
+        task: key of ``rae_xla.train.tasks.TASKS``.
         chips: number of chips over all slices.
         slices: number of slices.
         batch: images per step, over all chips.
@@ -96,6 +96,8 @@ class TracedStep:
         phase: phase of the run that the step belongs to.
         mesh: description of the device mesh.
         seconds: of building and tracing.
+        host_seconds: processor time of tracing the step alone, as a run without replay does for
+            every step.
     """
 
     arguments: list[Argument]
@@ -104,6 +106,7 @@ class TracedStep:
     phase: str
     mesh: str
     seconds: float
+    host_seconds: float
 
 
 class _Placeholders:
@@ -175,7 +178,8 @@ def trace_step(job: TraceJob) -> TracedStep:
     if job.chips > MAX_DEVICES:
         compat.pretend_device_count(job.chips)
 
-    plain = replace(config.runtime, attention="plain")  # the TPU kernels are selected below
+    # The TPU kernels are selected below, and nothing can be executed.
+    plain = replace(config.runtime, attention="plain", replay=False)
     backend: Any = start_backend(plain, config.mesh, seed=config.training.global_seed)
     backend.choose_attention(config.runtime.attention, tpu=True)
     placeholders = _Placeholders(backend)
@@ -183,7 +187,13 @@ def trace_step(job: TraceJob) -> TracedStep:
     with placeholders.sending("constants"):
         task = build_task(config, job.task, backend)
     with placeholders.sending("parameters"):
-        state = make_state(task.model, backend, disc=task.disc)
+        state = make_state(
+            task.model,
+            backend,
+            disc=task.disc,
+            first_moment_only=task.first_moment_only,
+            average_widths=task.average_widths,
+        )
     _label_state(state, placeholders)
     with placeholders.sending("frozen"):
         backend.place(task.frozen)
@@ -196,20 +206,26 @@ def trace_step(job: TraceJob) -> TracedStep:
         metrics = step(batch)
     outputs = [metrics, *_updated_tensors(state)]
 
-    inputs = compat.graph_inputs(outputs)
+    _, inputs = compat.program_inputs(outputs)
     arguments = []
     for tensor, handle in zip(inputs, compat.tensor_handles(inputs), strict=True):
         unknown = Argument("constants", "", tuple(tensor.shape), str(tensor.dtype)[6:], "", 1)
         arguments.append(placeholders.by_handle.get(handle, unknown))
     Path(job.out + ".pb").write_bytes(compat.graph_hlo_proto(outputs))
     used = {id(argument) for argument in arguments}
+    flops = hlo_flops(parse_module(compat.graph_hlo_text(outputs)), job.chips)
+    begin = time.thread_time()
+    with compat.execution_forbidden():
+        step(batch)  # once more: the first time has imports and caches to fill
+    host_seconds = time.thread_time() - begin
     return TracedStep(
         arguments=arguments,
         idle_bytes=sum(a.num_bytes for a in placeholders.by_handle.values() if id(a) not in used),
-        flops=hlo_flops(parse_module(compat.graph_hlo_text(outputs)), job.chips),
+        flops=flops,
         phase=str(phase),
         mesh=str(backend.mesh),
         seconds=time.perf_counter() - start,
+        host_seconds=host_seconds,
     )
 
 
@@ -256,12 +272,14 @@ def host_batch(batch: int, side: int, task: Task, step: int) -> dict[str, Tensor
     """
     task_inputs = {name: torch.empty(value.shape, dtype=value.dtype)
                    for name, value in task.inputs(step).items()}  # fmt: skip
-    return {
-        "image": torch.empty(batch, 3, side, side, dtype=torch.uint8),
-        "label": torch.empty(batch, dtype=torch.int64),
-        "row": torch.empty(batch, dtype=torch.int32),
-        "step": torch.empty((), dtype=torch.int32),
-    } | task_inputs
+    return (
+        task.example_batch(batch, side)
+        | {
+            "row": torch.empty(batch, dtype=torch.int32),
+            "step": torch.empty((), dtype=torch.int32),
+        }
+        | task_inputs
+    )
 
 
 def _label_state(state: TrainState, placeholders: _Placeholders) -> None:
@@ -279,11 +297,16 @@ def _label_state(state: TrainState, placeholders: _Placeholders) -> None:
             label(moment, "optimizer", name, True)
     for name, parameter in state.ema.named_parameters():
         label(parameter, "ema", name, True)
+    for width, averages in state.averages.items():
+        for name, average in averages.items():
+            label(average, "ema", f"{name} (width {width:g})", True)
 
 
 def _updated_tensors(state: TrainState) -> list[Tensor]:
     """Return the tensors that the step updates in place."""
     updated: list[Tensor] = [*state.ema.parameters()]
+    for averages in state.averages.values():
+        updated += averages.values()
     for trained in filter(None, (state.model, state.disc)):
         updated += [*trained.parameters().values(), *trained.optimizer_tensors().values()]
     if state.disc is not None:  # singular vectors of spectral normalisation

@@ -9,6 +9,8 @@ from typing import Any
 
 from PIL import Image
 
+from rae_xla import storage
+from rae_xla.data.image_decoding import ImageError, open_image
 from rae_xla.tools.report.runs import LoggedImage, Run
 
 MAX_IMAGES = 24
@@ -40,16 +42,16 @@ def embed_images(run: Run) -> list[dict[str, Any]]:
     for logged in select_evenly(run.images):
         try:
             width, height, source = _data_uri(logged)
-        except (OSError, ValueError, SyntaxError):  # Pillow raises any of them for invalid files
-            run.warnings.append(f"{logged.path.name} is not a readable image and is left out")
+        except (ImageError, OSError) as error:
+            run.warnings.append(f"{logged.path.name} is not a readable image ({error}): left out")
             continue
         embedded.append({"step": logged.step, "width": width, "height": height, "src": source})
     return embedded
 
 
 def _data_uri(logged: LoggedImage) -> tuple[int, int, str]:
-    content = logged.path.read_bytes()
-    with Image.open(io.BytesIO(content)) as image:
+    content = storage.read_bytes(logged.path)
+    with open_image(content) as image:
         size = image.size
         image.load()
         kind = "png"

@@ -376,6 +376,17 @@ function evaluationSection() {
     make("div", { class: "card scroll", tabindex: "0", style: "max-height:460px" }, make("table", {}, make("thead", {}, head), make("tbody", {}, ...body))));
 }
 
+/** Epochs until the FID of samples without guidance was at most k. */
+function epochsToFid() {
+  const names = [...new Set(data.runs.flatMap((run) => Object.keys(run.epochs_to_fid)))];
+  if (!names.length) return;
+  const head = make("tr", {}, make("th", { scope: "col" }, "run"), ...names.map((n) => make("th", { scope: "col", class: "number" }, n)));
+  const body = data.runs.map((run, i) => make("tr", {}, make("th", { scope: "row" }, dot(i), run.name),
+    ...names.map((name) => make("td", { class: "number" }, number(run.epochs_to_fid[name])))));
+  section("Epochs to reach an FID", "of samples without guidance; against the reference of each run",
+    make("div", { class: "card scroll", tabindex: "0" }, make("table", {}, make("thead", {}, head), make("tbody", {}, ...body))));
+}
+
 /** A dotted name that may be broken after each dot. */
 const breakable = (name) => name.split(".").flatMap((part, i) => (i ? [".", make("wbr"), part] : [part]));
 
@@ -432,6 +443,7 @@ curveSection(training);
 sampleSection();
 curveSection(quality);
 evaluationSection();
+epochsToFid();
 others.forEach(curveSection);
 otherSection();
 settingsSection();

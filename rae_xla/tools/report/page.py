@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
@@ -14,25 +13,22 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from rae_xla import storage
 from rae_xla.tools.report.images import embed_images
 from rae_xla.tools.report.runs import Run, flatten
 from rae_xla.train.metrics import METRICS
 from rae_xla.version import __version__
 
+FID_THRESHOLDS = (2, 3, 5, 10, 20, 50)
+"""FIDs for which the page states the epochs that a run needed to reach them (EP_FID@k of RAEv2)."""
+
 MAX_POINTS = 2000
 """Points per curve; longer curves are reduced to means of adjacent points."""
 
 
-def write_page(runs: Sequence[Run], out: Path) -> None:
-    """Write the page atomically; raise ``OSError`` if that fails."""
-    text = render(runs)
-    unfinished = out.with_name(out.name + ".unfinished")
-    try:
-        unfinished.write_text(text, encoding="utf-8")
-        os.replace(unfinished, out)
-    except OSError:
-        unfinished.unlink(missing_ok=True)
-        raise
+def write_page(runs: Sequence[Run], out: str | Path) -> None:
+    """Write the page atomically, locally or to ``gs://``; raise ``OSError`` if that fails."""
+    storage.write_bytes(str(out), render(runs).encode())
 
 
 def render(runs: Sequence[Run]) -> str:
@@ -70,6 +66,7 @@ def _run_data(run: Run) -> dict[str, Any]:
         "starts": len(run.starts),
         "metrics": {name: thin(values) for name, values in run.metrics.items()},
         "evaluations": _evaluations(run),
+        "epochs_to_fid": epochs_to_fid(run),
         "images": embed_images(run),
     }
 
@@ -94,6 +91,24 @@ def _evaluations(run: Run) -> list[dict[str, Any]]:
             for step, value in values.items():
                 found.setdefault(step, {})[name.removeprefix("eval/")] = value
     return [{"step": step, "values": values} for step, values in sorted(found.items())]
+
+
+def epochs_to_fid(run: Run) -> dict[str, float]:
+    """Return EP_FID@k: the epochs until the FID of samples without guidance was at most k.
+
+    The evaluations of a run sample without guidance. Thresholds that were not reached are left out,
+    as are all for a run that did not record the length of an epoch.
+    """
+    plan = run.starts[-1].get("plan", {}) if run.starts else {}
+    per_epoch, fids = plan.get("steps_per_epoch"), run.metrics.get("eval/fid", {})
+    if not per_epoch:
+        return {}
+    found: dict[str, float] = {}
+    for threshold in FID_THRESHOLDS:
+        reached = [step for step, value in sorted(fids.items()) if value <= threshold]
+        if reached:
+            found[f"EP_FID@{threshold}"] = round(reached[0] / per_epoch, 2)
+    return found
 
 
 def _describe_metrics(names: set[str]) -> list[dict[str, str]]:

@@ -12,6 +12,8 @@ from typing import Any
 
 import yaml
 
+from rae_xla import storage
+from rae_xla.config.paths import StoragePath
 from rae_xla.errors import UserError
 from rae_xla.train.run_info import ENVIRONMENT_FILE
 
@@ -31,7 +33,7 @@ class LoggedImage:
 
     name: str
     step: int
-    path: Path
+    path: StoragePath
 
 
 @dataclass
@@ -40,7 +42,7 @@ class Run:
 
     Attributes:
         name: of the folder.
-        folder: the results folder.
+        folder: the results folder, local or ``gs://``.
         metrics: values by name and step, in the order of the steps; only finite ones.
         images: in the order of the steps.
         config: every key by its dotted name; empty if the file cannot be read.
@@ -49,7 +51,7 @@ class Run:
     """
 
     name: str
-    folder: Path
+    folder: StoragePath
     metrics: dict[str, dict[int, float]] = field(default_factory=dict)
     images: list[LoggedImage] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)
@@ -62,49 +64,52 @@ class Run:
         return max((step for values in self.metrics.values() for step in values), default=None)
 
 
-def read_runs(folders: Sequence[Path]) -> list[Run]:
+def read_runs(folders: Sequence[str | Path]) -> list[Run]:
     """Read results folders in order, each once; runs of the same name get longer names.
 
     Raises:
         UserError: if a folder is not the results folder of a run.
     """
-    runs = [read_run(folder) for folder in {f.resolve(): f for f in folders}.values()]
+    runs = [read_run(f) for f in {storage.real_path(str(f)): f for f in folders}.values()]
     names = [run.name for run in runs]
     for run in runs:
         if names.count(run.name) > 1:
-            run.name = "/".join(run.folder.resolve().parts[-2:])
+            run.name = "/".join(storage.real_path(run.folder).split("/")[-2:])
     return runs
 
 
-def read_run(folder: Path) -> Run:
+def read_run(location: str | Path) -> Run:
     """Read a results folder; raise ``UserError`` if it is not one."""
+    folder = StoragePath(location)
     path = folder / METRICS_FILE
-    if not folder.is_dir():
+    if not storage.is_folder(folder):
         raise UserError(
             f"the folder {folder} does not exist: give results folders of `rae-xla train`"
         )
-    if not path.is_file():
-        below = sorted(p.parent.name for p in folder.glob(f"*/{METRICS_FILE}"))
+    if not storage.exists(path):
+        names = storage.list_folders(folder)
+        below = sorted(n for n in names if storage.exists(folder / n / METRICS_FILE))
         hint = (
             f"its subfolders {', '.join(below[:4])} have one: give {folder / below[0]}"
             if below
             else "give the --results-dir of `rae-xla train`, after the first steps are logged"
         )
         raise UserError(f"{folder} has no {METRICS_FILE}: {hint}")
-    run = Run(folder.resolve().name, folder)
+    run = Run(storage.split(storage.real_path(folder))[1], folder)
     _read_metrics(run, path)
     _read_config(run, folder / CONFIG_FILE)
     run.starts = list(_objects(run, folder / ENVIRONMENT_FILE))
-    for path in sorted((folder / SAMPLES_FOLDER).glob("*.png")):
-        if match := _IMAGE_NAME.fullmatch(path.name):
-            run.images.append(LoggedImage(match[1], int(match[2]), path))
+    samples = folder / SAMPLES_FOLDER
+    for name in sorted(storage.list_files(samples) if storage.is_folder(samples) else ()):
+        if match := _IMAGE_NAME.fullmatch(name):
+            run.images.append(LoggedImage(match[1], int(match[2]), samples / name))
     run.images.sort(key=lambda image: image.step)
     if not run.metrics:
         run.warnings.append(f"{METRICS_FILE} has no metrics yet")
     return run
 
 
-def _read_metrics(run: Run, path: Path) -> None:
+def _read_metrics(run: Run, path: StoragePath) -> None:
     """Read metrics.jsonl; if a step was logged twice, the later value wins."""
     found: dict[str, dict[int, float]] = {}
     for line in _objects(run, path):
@@ -117,13 +122,13 @@ def _read_metrics(run: Run, path: Path) -> None:
     run.metrics = {name: dict(sorted(values.items())) for name, values in found.items()}
 
 
-def _objects(run: Run, path: Path) -> Iterator[dict[str, Any]]:
+def _objects(run: Run, path: StoragePath) -> Iterator[dict[str, Any]]:
     """Yield the JSON objects of a file with one per line; add a warning for invalid lines."""
-    if not path.is_file():
-        return
     invalid = 0
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = storage.read_bytes(path).decode(errors="replace").splitlines()
+    except FileNotFoundError:
+        return
     except OSError as error:
         raise UserError(
             f"{path} cannot be read ({error.strerror or error}): check its permissions"
@@ -141,9 +146,9 @@ def _objects(run: Run, path: Path) -> Iterator[dict[str, Any]]:
         run.warnings.append(f"{path.name}: {invalid} invalid lines are left out")
 
 
-def _read_config(run: Run, path: Path) -> None:
+def _read_config(run: Run, path: StoragePath) -> None:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load(storage.read_bytes(path).decode())
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         run.warnings.append(f"{path.name} is missing or invalid")
         return

@@ -50,6 +50,6 @@ def default_callbacks(trainer: Trainer, extra: Sequence[Callback] = ()) -> Callb
             CheckpointingCallback(trainer.saver, rollback),
             EvaluationCallback(),
             *extra,
-            PreemptionCallback(run.stop_request),
+            PreemptionCallback(run.stop_request, run.backend),
         ]
     )

@@ -74,7 +74,7 @@ class CheckpointingCallback(Callback):
                 f"the checkpoint of the last step, {step}, could not be written: "
                 f"{self._saver.failure}. Free some space or restore the access to the storage, and "
                 f"start the run again: it resumes from {resume_from}"
-            )
+            ) from self._saver.error
 
     def _save_stopped(self, trainer: Trainer) -> None:
         step = trainer.state.step

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
+from rae_xla.runtime import Backend
 from rae_xla.train.callbacks.base import Callback
-from rae_xla.train.metrics_window import DeviceMetrics
+from rae_xla.train.metrics_window import DeviceMetrics, WindowSummary
 from rae_xla.train.run_info import append_run_info, describe_run
 from rae_xla.train.tracking.tracker import Tracker
 
@@ -14,6 +15,31 @@ if TYPE_CHECKING:
     from rae_xla.train.trainer import Trainer
 
 logger = logging.getLogger(__name__)
+
+
+HOST_SHARE = 0.8
+"""Share of a step that the host may need to launch it before a warning is logged."""
+
+
+def describe_slow_host(summary: WindowSummary, backend: Backend) -> str | None:
+    """Return a warning if the devices of a run wait for its host, else None.
+
+    Without an accelerator the host is the device, and launching a step may wait for the one before.
+    """
+    if backend.on_cpu:
+        return None
+    host, step = (summary.metrics.get(f"perf/{name}_time", 0.0) for name in ("host", "step"))
+    if not step or host < HOST_SHARE * step:
+        return None
+    remedy = (
+        "runtime.replay=true and runtime.scan=true"
+        if backend.name == "xla"
+        else ("runtime.compile=true")
+    )
+    return (
+        f"step {summary.step}: the devices wait for the host, which needs {1e3 * host:.0f} of "
+        f"{1e3 * step:.0f} ms to launch a step; set {remedy}, or use more images per step"
+    )
 
 
 class MetricsCallback(Callback):
@@ -24,6 +50,7 @@ class MetricsCallback(Callback):
 
     def __init__(self) -> None:
         self._tracker: Tracker | None = None
+        self._warned_of_host = False
 
     def on_train_start(self, trainer: Trainer) -> None:
         """Open the tracker and describe the run."""
@@ -69,6 +96,13 @@ class MetricsCallback(Callback):
             scalars = {f"opt/{k}": v.item() for k, v in trainer.task.inputs(step - 1).items()}
             scalars["data/bad_samples"] = trainer.bad_samples.count
             window.close(step, scalars | trainer.saver.take_metrics())
+
+    def on_log(self, trainer: Trainer, summary: WindowSummary) -> None:
+        """Warn once if the devices wait for the host."""
+        warning = describe_slow_host(summary, trainer.run.backend)
+        if warning is not None and not self._warned_of_host:
+            logger.warning("%s", warning)
+            self._warned_of_host = True
 
     def close(self, error: BaseException | None) -> None:
         """Close the tracker."""

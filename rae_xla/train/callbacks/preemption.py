@@ -6,8 +6,9 @@ import os
 import signal
 import sys
 import threading
+import time
 import urllib.request
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -26,8 +27,15 @@ EXIT_STOPPED = 75
 EX_TEMPFAIL of sysexits.h, "the user is invited to retry".
 """
 
-AGREE_EVERY = 10
-"""Steps between two exchanges of requests between processes."""
+AGREE_SECONDS = 2.0
+"""About the time between two exchanges of requests between processes.
+
+A stop waits for the next exchange, and then for the checkpoint: torchrun kills its processes 30
+seconds after it has asked them to stop, and a preempted machine goes down as soon.
+"""
+
+MAX_AGREE_STEPS = 10
+"""Most steps between two exchanges of requests between processes."""
 
 POLL_SECONDS = 5.0
 """Seconds between two queries of the metadata server; a preempted machine has 30."""
@@ -120,23 +128,54 @@ def _query(host: str, entry: str) -> str:
         return ""
 
 
-def agree(backend: Backend, step: int, requests: Collection[str]) -> set[str]:
-    """Return the requests of all processes, the same set on each of them.
+class RequestExchange:
+    """Exchanges the requests of the processes of a run, about every ``AGREE_SECONDS``.
 
-    A single process gets its own requests at every step. Several processes exchange them every
-    ``AGREE_EVERY`` steps: that waits for the slowest host, but not for the devices.
+    An exchange waits for the slowest host, but not for the devices. Process 0 chooses the step of
+    the next one by its clock, so that all processes take part at the same step.
 
     Args:
-        backend: whose processes all call this.
-        step: steps taken.
-        requests: of this process.
+        backend: whose processes all use one.
+        clock: returns seconds.
     """
-    if backend.process_count == 1:
-        return set(requests)
-    if step % AGREE_EVERY:
-        return set()
-    texts = backend.all_gather_text("\n".join(requests))
-    return {request for text in texts for request in text.split("\n") if request}
+
+    def __init__(self, backend: Backend, clock: Callable[[], float] = time.monotonic) -> None:
+        self._backend, self._clock = backend, clock
+        self._next: int | None = None
+        self._last: tuple[int, float] | None = None
+        self._steps = 1
+
+    def agree(self, step: int, requests: Collection[str]) -> set[str]:
+        """Return the requests of all processes, the same set on each of them.
+
+        A single process gets its own requests at every step.
+
+        Args:
+            step: steps taken; all processes call this at the same steps.
+            requests: of this process.
+        """
+        if self._backend.process_count == 1:
+            return set(requests)
+        if self._next is not None and step < self._next:
+            return set()
+        texts = self._backend.all_gather_text("\n".join([str(self._interval(step)), *requests]))
+        lines = [text.split("\n") for text in texts]
+        self._next = step + int(lines[0][0])
+        return {request for of_process in lines for request in of_process[1:]}
+
+    def _interval(self, step: int) -> int:
+        """Return after how many steps the next exchange is due, by the time of the last steps.
+
+        It doubles at most, because the first steps say little: one compiles, and the next ones
+        return before the devices have computed them.
+        """
+        now, before = self._clock(), self._last
+        self._last = step, now
+        if before is not None and step > before[0]:
+            seconds = (now - before[1]) / (step - before[0])
+            most = min(2 * self._steps, MAX_AGREE_STEPS)
+            self._steps = max(1, min(most, int(AGREE_SECONDS / max(seconds, 1e-9))))
+        return self._steps
 
 
 class PreemptionCallback(Callback):
@@ -145,8 +184,9 @@ class PreemptionCallback(Callback):
     It is the last callback of a step, so whatever is due at a step is done before the run stops.
     """
 
-    def __init__(self, stop_request: StopRequest) -> None:
+    def __init__(self, stop_request: StopRequest, backend: Backend) -> None:
         self._stop_request = stop_request
+        self._exchange = RequestExchange(backend)
 
     def on_train_start(self, trainer: Trainer) -> None:
         """Stop before the first step, which may take minutes to compile."""
@@ -161,7 +201,7 @@ class PreemptionCallback(Callback):
         trainer.run.watchdog.begin(HOSTS, step)
         if self._stop_request.reason is not None:
             trainer.requests.add(STOP)
-        trainer.agreed = agree(trainer.run.backend, step, trainer.requests)
+        trainer.agreed = self._exchange.agree(step, trainer.requests)
         if trainer.agreed:  # else the requests of this process have not been exchanged yet
             trainer.requests.clear()
         if STOP in trainer.agreed:

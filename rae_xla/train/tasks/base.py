@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from rae_xla.checkpoint.train_state import TrainState
 from rae_xla.config import RunConfig
+from rae_xla.data.batch_builder import RowArrays
 from rae_xla.data.mixture import Mixture
 from rae_xla.models.pretrained.manifest import Manifest
 from rae_xla.ops.random import CounterRNG
 from rae_xla.runtime import Backend, Batch
 from rae_xla.sample.images import Pixels
-from rae_xla.train.optimizers import AdamW
+from rae_xla.train.muon import first_moment_only, make_optimizer
 from rae_xla.train.schedules import make_schedule
 from rae_xla.train.train_step import TrainStep, make_train_step
 
@@ -77,6 +78,14 @@ class Task(ABC):
         self._schedule = make_schedule(training.optimizer, training.scheduler, steps_per_epoch)
         self.frozen, self.provenance = nn.ModuleList(), Manifest()
 
+    @classmethod
+    def row_arrays(cls, config: RunConfig, data: Mixture) -> RowArrays | None:
+        """Return what makes further arrays of every row of a batch; None if there are none.
+
+        It is used in the loader's worker processes: it pickles, and its module imports no torch.
+        """
+        return None
+
     def phase(self, step: int) -> Hashable:
         """Return the phase that step number ``step`` (from 0) belongs to.
 
@@ -87,6 +96,32 @@ class Task(ABC):
     def inputs(self, step: int) -> dict[str, Tensor]:
         """Return the scalars that a step needs besides its data, as 0-d tensors, with ``lr``."""
         return {"lr": torch.tensor(self._schedule(step), dtype=torch.float32)}
+
+    @property
+    def smallest_batch(self) -> int:
+        """Fewest rows of a process that a step can be built for."""
+        return self.config.training.grad_accum_steps
+
+    def example_batch(self, rows: int, image_size: int) -> dict[str, Tensor]:
+        """Return uninitialised rows with the shapes and types that the loader gives them.
+
+        Tools use them to trace or count a step without data. The numbers of the rows and the
+        scalars of the step are not included.
+        """
+        return {
+            "image": torch.empty(rows, 3, image_size, image_size, dtype=torch.uint8),
+            "label": torch.empty(rows, dtype=torch.int64),
+        }
+
+    @property
+    def first_moment_only(self) -> frozenset[str]:
+        """Names of the parameters of ``model`` for which the optimizer keeps one moment."""
+        return first_moment_only(self.config.training, self.model)
+
+    @property
+    def average_widths(self) -> tuple[float, ...]:
+        """Widths of the power-function averages of ``model``; see ``checkpoint.posthoc_ema``."""
+        return tuple(dict.fromkeys(self.config.training.posthoc_ema.widths))
 
     @abstractmethod
     def make_step(
@@ -150,12 +185,12 @@ class LossTask(Task):
     def make_step(
         self, phase: Hashable, state: TrainState, backend: Backend | None = None
     ) -> TrainStep:
-        """Build the step: AdamW on the mean of ``loss`` over the global batch, then EMA."""
+        """Build the step: the optimizer on the mean of ``loss`` over the global batch, then EMA."""
         training = self.config.training
         return make_train_step(
             self.loss,
             state,
-            AdamW.from_config(training.optimizer),
+            make_optimizer(training),
             seed=training.global_seed,
             ema_decay=training.ema_decay,
             clip_grad=training.clip_grad,

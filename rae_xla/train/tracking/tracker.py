@@ -31,7 +31,7 @@ FLUSH_TIMEOUT = 2.0
 
 _UNPREFIXED_GROUPS = ("train", "opt", "perf")
 _HIDDEN_AT_ZERO = ("skipped", "fallbacks", "compilations", "bad_samples", "paused")
-_NOT_ON_CONSOLE = ("images_per_second_per_chip", "host_memory_gb")
+_NOT_ON_CONSOLE = ("images_per_second_per_chip", "host_memory_gb", "captures")
 
 
 class Tracker:

@@ -4,9 +4,12 @@ import io
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
+from rae_xla.data.image_decoding import ROTATED
 from rae_xla.data.shards.encoding import Encoding, ShardSample
+from rae_xla.data.shards.sources import folder_source
+from rae_xla.data.shards.writer import make_shards
 from rae_xla.data.transforms import ResizeRandomCrop, center_crop, resize_random_crop
 from rae_xla.errors import UserError
 
@@ -95,3 +98,45 @@ def test_bad_images_and_bad_options():
     ]:
         with pytest.raises(UserError, match=message):
             Encoding(**wrong)
+
+
+def test_images_of_phones(tmp_path, caplog):
+    """A JPEG with a second image is kept; AVIF is encoded again; rotations are reported."""
+    for name, format in (("a", "MPO"), ("b", "AVIF"), ("c", "JPEG"), ("d", "PNG")):
+        (tmp_path / "f" / name).mkdir(parents=True)
+        image, exif = Image.open(io.BytesIO(_file(40, 30))), Image.Exif()
+        exif[ExifTags.Base.Orientation] = 6
+        image.save(tmp_path / "f" / name / f"{name}.{format.lower()}", format, exif=exif)
+    for name, extension in (("a", "mpo"), ("d", "png")):
+        path = tmp_path / "f" / name / f"{name}.{extension}"
+        path.rename(path.with_suffix(".jpg" if extension == "mpo" else ".png"))
+    stored = {}
+    for upright in (False, True):
+        source = folder_source(
+            str(tmp_path / "f"), encoding=Encoding(upright=upright), shuffle=False
+        )
+        samples = list(source)
+        stored[upright] = [(sample.extension, _image(sample).size) for sample in samples]
+        names = [s.notes.first[ROTATED] if s.notes else "" for s in samples]
+        rotated = [name.rpartition("/")[2] for name in names]
+        assert rotated == (["", "", "", ""] if upright else ["a.jpg", "", "c.jpeg", "d.png"])
+        index = make_shards(source, str(tmp_path / f"out-{upright}"))
+        assert len(index) == 4
+        message = "images 3 with an EXIF rotation, which is ignored ("
+        assert (message in caplog.text) is not upright
+        caplog.clear()
+    assert stored[False] == [
+        ("jpg", (40, 30)),
+        ("png", (30, 40)),
+        ("jpg", (40, 30)),
+        ("png", (40, 30)),
+    ]
+    assert stored[True] == [("png", (30, 40))] * 4
+
+
+def test_an_image_that_training_could_not_use_is_not_stored():
+    """It would be kept as it is, and fail when it is read."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((8, 8), 200, np.uint16)).save(buffer, "PNG")
+    with pytest.raises(UserError, match=r"x\.png: not a readable image \(it has 16 bits per pixel"):
+        Encoding().of_file(buffer.getvalue(), 0, "x.png")

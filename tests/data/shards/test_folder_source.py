@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from rae_xla.data.shards.sources import folder_source, open_image_source
 from rae_xla.data.shards.writer import make_shards
@@ -97,3 +98,57 @@ def test_shards_are_not_written_to_a_folder_with_other_files(image_folder, insid
     (image_folder / "README.md").unlink()
     with pytest.raises(UserError, match="the folder is not empty"):
         make_shards(folder_source(str(image_folder), shuffle=False), str(out))
+
+
+def _numbered(folder, names):
+    for name in names:
+        (folder / name).mkdir(parents=True)
+        Image.new("L", (4, 4)).save(folder / name / "a.png")
+    return str(folder)
+
+
+def test_numbered_folders_have_their_numbers_as_labels(tmp_path, caplog):
+    names = [str(number) for number in range(12)]
+    source = folder_source(_numbered(tmp_path / "f", names), shuffle=False)
+    assert source.classes == tuple(names)
+    assert [(path.split("/")[-2], label) for path, label in source.items] == [
+        (name, label) for label, name in enumerate(names)
+    ]
+    assert not caplog.records
+
+
+def test_numbers_that_cannot_be_the_labels_are_a_warning(tmp_path, caplog):
+    source = folder_source(_numbered(tmp_path / "f", ["1", "2", "10"]))
+    assert source.classes == ("1", "2", "10")
+    assert "class folder 1 has the label 0, so labels and names differ" in caplog.text
+
+
+def test_everything_else_in_the_folder_is_counted_once(tmp_path, image_folder, caplog):
+    caplog.set_level("INFO")
+    (image_folder / "cat" / "x.dng").touch()
+    (image_folder / ".cache").mkdir()
+    os.mkfifo(image_folder / "cat" / "pipe.png")
+    (image_folder / "gone.png").symlink_to("nowhere.png")
+    (image_folder / "loop").symlink_to("loop")
+    assert len(folder_source(str(image_folder))) == 6
+    [record] = caplog.records
+    assert record.levelname == "WARNING"
+    for part in ("2 hidden (", "1 .txt (", "1 .md (", "1 .dng (", "1 pipe, socket or device (",
+                 "2 link without a target ("):  # fmt: skip
+        assert part in record.getMessage()
+
+
+def test_a_class_without_images_says_what_there_is(tmp_path, image_folder):
+    (image_folder / "fox").mkdir()
+    with pytest.raises(UserError, match=r"fox: the folder of class fox has no images: ext"):
+        folder_source(str(image_folder))
+    (image_folder / "fox" / "a.cr2").touch()
+    with pytest.raises(
+        UserError, match=r"it contains 1 \.cr2 \(.*raw file.*extensions that are read"
+    ):
+        folder_source(str(image_folder))
+    for name in ("a", "b"):
+        (tmp_path / "flat").mkdir(exist_ok=True)
+        (tmp_path / "flat" / f"{name}.txt").touch()
+    with pytest.raises(UserError, match=r"sub-folder of images per class \(it contains 2 \.txt"):
+        folder_source(str(tmp_path / "flat"))

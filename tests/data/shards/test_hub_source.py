@@ -68,11 +68,16 @@ def test_bytes_order_and_class_names_are_kept(tmp_path):
     assert {sample.extension for sample in samples} == {"jpg"}
 
 
-def test_a_folder_with_splits(tmp_path):
+def test_a_folder_with_splits(tmp_path, caplog):
+    caplog.set_level("INFO")
     for number in range(2):
         _write(tmp_path / "x" / "data" / f"train-0000{number}-of-00002.parquet", 5, 5 * number)
     _write(tmp_path / "x" / "data" / "validation-00000-of-00001.parquet", 4, 20)
+    (tmp_path / "x" / "README.md").touch()
+    (tmp_path / "x" / "data" / "._train-00000-of-00002.parquet").touch()
     assert _numbers(_open(tmp_path / "x")) == list(range(10))
+    left_out = f"1 .md ({tmp_path}/x/README.md), 1 hidden ("
+    assert caplog.messages[0].startswith(f"{tmp_path}/x: left out {left_out}")
     assert _numbers(_open(tmp_path / "x", split="validation")) == [20, 21, 22, 23]
     with pytest.raises(UserError, match=r"with the split 'test'.*check the name, the split"):
         _open(tmp_path / "x", split="test")
@@ -162,7 +167,7 @@ def test_parquet_files_of_other_tools(tmp_path):
 def test_names_of_the_classes_can_be_given(tmp_path):
     _write(tmp_path / "x.parquet")
     assert _open(tmp_path / "x.parquet", class_names=("a", "b", "c")).classes == ("a", "b", "c")
-    with pytest.raises(UserError, match="a label is 2, but --classes names 2 classes"):
+    with pytest.raises(UserError, match="a label is 2, but only 2 classes have names"):
         _open(tmp_path / "x.parquet", class_names=("a", "b"))
 
 
@@ -248,7 +253,7 @@ def _write_names(path, *names: str) -> None:
 NAMED = {"image_column": "image", "label_column": "label"}
 
 
-@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.nightly)])
 def test_rows_that_name_files_elsewhere(tmp_path, workers):
     """Rows of a data set must not read the user's files, or files from the network."""
     (tmp_path / "private.jpg").write_bytes(jpeg(7))
@@ -310,3 +315,16 @@ def test_files_of_a_repository_are_in_the_library_cache(tmp_path, monkeypatch):
     assert _numbers([next(samples)]) == [7]
     with pytest.raises(UserError, match=r"row 1 names .*you.*is not in .*datasets--me--cats"):
         next(samples)
+
+
+def test_names_that_are_numbers_are_in_their_order(tmp_path, caplog):
+    names = [str(number) for number in range(12)]
+    column = ([names[n % 12] for n in range(24)], datasets.Value("string"))
+    _write(tmp_path / "x.parquet", 24, name=column)
+    source = _open(tmp_path / "x.parquet", label_column="name")
+    assert source.classes == tuple(names)
+    assert not caplog.records
+    column = ([n % 12 for n in range(24)], datasets.ClassLabel(names=sorted(names)))
+    _write(tmp_path / "y.parquet", 24, number=column)
+    assert _open(tmp_path / "y.parquet", label_column="number").classes[2] == "10"
+    assert "class 10 has the label 2, so labels and names differ" in caplog.text

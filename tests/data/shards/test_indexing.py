@@ -13,7 +13,7 @@ from rae_xla.data.loader import one_pass
 from rae_xla.data.reader import load_sample, read_image
 from rae_xla.data.shards.index import open_index, read_index
 from rae_xla.data.shards.indexing import index_shards
-from rae_xla.data.shards.tars import HashingReader, read_samples, scan_samples
+from rae_xla.data.shards.tar_samples import HashingReader, read_samples, scan_samples
 from rae_xla.data.shards.verify import verify
 from rae_xla.data.transforms import CenterCrop
 from rae_xla.errors import UserError
@@ -47,6 +47,16 @@ def test_the_public_imagenet_layout(tmp_path):
     assert sorted(np.concatenate([batch["label"] for batch in batches])[:21].tolist()) == sorted(
         index.samples["label"].tolist()
     )
+
+
+def test_an_index_elsewhere_has_the_names_of_the_first(tmp_path):
+    write_imagenet(tmp_path / "tars")
+    names = ("tench", "goldfish", "shark")
+    index_shards(str(tmp_path / "tars"), class_names=names)
+    assert index_shards(str(tmp_path / "tars"), str(tmp_path / "other")).class_names == names
+    given = ("a", "b", "c")
+    index = index_shards(str(tmp_path / "tars"), str(tmp_path / "third"), class_names=given)
+    assert index.class_names == given
 
 
 def test_an_index_elsewhere_and_workers(tmp_path):
@@ -92,7 +102,7 @@ def test_class_names(tmp_path):
     index = index_shards(str(tmp_path), str(tmp_path / "index"), class_names=names)
     assert index.class_names == names
     message = _message(str(tmp_path), class_names=names[:2])
-    assert "a label is 2, but --classes names 2 classes (0 to 1)" in message
+    assert "a label is 2, but only 2 classes have names (0 to 1)" in message
     assert not (tmp_path / "index.json").exists()
 
 

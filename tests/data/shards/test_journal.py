@@ -18,6 +18,7 @@ from rae_xla.data.shards.sources import array_source, open_image_source
 from rae_xla.data.shards.verify import verify
 from rae_xla.data.shards.writer import make_shards, write_shards
 from rae_xla.errors import UserError
+from rae_xla.storage.owner import process_started
 
 pytestmark = pytest.mark.slow
 
@@ -314,7 +315,7 @@ def test_a_folder_of_a_running_process_is_not_taken_over(shared_folder):
     _make(shared_folder, stop=25)
     other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     try:
-        started = shard_journal._started(other.pid)
+        started = process_started(other.pid)
         _change_owner(shared_folder, pid=other.pid, started=started)
         before = _bytes(shared_folder)
         for attempt in (

@@ -169,7 +169,7 @@ class TestFolders:
         with pytest.raises(UserError, match="empty: no images: there must be a sub-folder"):
             open_image_source(str(tmp_path / "empty"))
         (image_folder / "fox").mkdir()
-        with pytest.raises(UserError, match="the folder of class fox is empty"):
+        with pytest.raises(UserError, match="the folder of class fox has no images"):
             open_image_source(str(image_folder))
 
     def test_images_outside_of_the_class_folders(self, image_folder):
@@ -179,9 +179,10 @@ class TestFolders:
 
 
 class TestArrays:
-    def test_npz_and_npy_files(self, tmp_path):
+    def test_npz_and_npy_files(self, tmp_path, caplog):
+        caplog.set_level("INFO")
         images, labels = np.zeros((3, 4, 4), np.uint8), np.array([0, 2, 1])
-        np.savez(tmp_path / "both.npz", images=images, labels=labels)
+        np.savez(tmp_path / "both.npz", images=images, labels=labels, masks=labels)
         np.save(tmp_path / "x.npy", images)
         np.save(tmp_path / "y.npy", labels)
         sources = [
@@ -193,6 +194,7 @@ class TestArrays:
         for source in sources:
             assert source.classes == ("0", "1", "2")
             assert [sample.label for sample in source] == [0, 2, 1]
+        assert caplog.messages == [f"{tmp_path}/both.npz: left out 1 arrays (masks)"]
 
     @pytest.mark.parametrize(
         ("content", "message"),
@@ -217,6 +219,17 @@ class TestArrays:
         for name, labels in (("a.npz", None), ("b.npy", str(tmp_path / "c.npy"))):
             with pytest.raises(UserError, match=rf"{name}: cannot be read as arrays"):
                 open_image_source(str(tmp_path / name), labels=labels)
+        (tmp_path / "d.npy").write_bytes((tmp_path / "c.npy").read_bytes() * 2)
+        (tmp_path / "e.png").write_bytes(_png(0))
+        for labels, message in (
+            ("b.npy", r"b\.npy: cannot be read as arrays"),
+            ("d.npy", r"d\.npy: there is data after the array"),
+            ("e.png", r"e\.png: cannot be read as arrays \(the magic string"),
+        ):
+            with pytest.raises(UserError, match=message):
+                open_image_source(str(tmp_path / "c.npy"), labels=str(tmp_path / labels))
+        with pytest.raises(UserError, match=r"e\.png: cannot be read as arrays: give a folder"):
+            open_image_source(str(tmp_path / "e.png"))
         with pytest.raises(UserError, match=r"c\.npy: give the labels of the images as --labels"):
             open_image_source(str(tmp_path / "c.npy"))
         with pytest.raises(UserError, match=r"--labels is for an \.npy file of images"):

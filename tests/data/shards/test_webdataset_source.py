@@ -113,7 +113,7 @@ def test_damaged_and_missing_tars(tmp_path):
         _open(pattern)
     with pytest.raises(UserError, match=r"0002\.tar: the tar has disappeared"):
         list(source)
-    with pytest.raises(UserError, match="names 2 classes"):
+    with pytest.raises(UserError, match="only 2 classes have names"):
         _open(tmp_path / "x", class_names=("a", "b"))
     shutil.rmtree(tmp_path / "x")
     with pytest.raises(UserError, match="no such folder"):

@@ -7,14 +7,32 @@ import json
 import struct
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from golden_case import GOLDEN
 from safetensors.torch import save_file
 
 from rae_xla.errors import UserError
-from rae_xla.models.pretrained.fingerprint import fingerprint
-from rae_xla.models.pretrained.manifest import manifest_path, read_weights_manifest
+from rae_xla.models.pretrained.fingerprint import (
+    DIT,
+    ENCODER,
+    STATISTICS,
+    fingerprint,
+    of_statistics,
+)
+from rae_xla.models.pretrained.latent_statistics import (
+    EPS,
+    read_latent_statistics,
+    standard_deviation,
+)
+from rae_xla.models.pretrained.manifest import (
+    Part,
+    check_parts,
+    manifest_path,
+    parse_manifest,
+    read_weights_manifest,
+)
 from rae_xla.models.weights import read_weight_file
 
 
@@ -50,6 +68,23 @@ def test_the_fingerprint_is_the_documented_one() -> None:
     assert found == expected.hexdigest()
 
 
+def test_the_fingerprint_of_statistics_does_not_depend_on_the_processor() -> None:
+    """torch's float32 square root does; NumPy's is correctly rounded, as IEEE 754 requires."""
+    mean, var = read_latent_statistics(str(GOLDEN / "rae/dinov2/stat.pt"))
+    std = torch.from_numpy(np.sqrt((var + EPS).numpy()))
+    assert torch.equal(standard_deviation(var), std)
+    assert of_statistics(mean, std).startswith("2a839de254c5")
+
+
+def test_statistics_of_format_1_are_not_compared() -> None:
+    """Their fingerprints depended on the processor; those of other parts are compared."""
+    parts = {kind: {"sha256": "0" * 64, "name": "old"} for kind in (STATISTICS, ENCODER)}
+    manifest = parse_manifest({"format": 1, "parts": {}, "made_with": {DIT: parts}}, "old.json")
+    check_parts(manifest, {STATISTICS: Part("1" * 64, "new")}, "old")
+    with pytest.raises(UserError, match="encoder"):
+        check_parts(manifest, {STATISTICS: Part("1" * 64), ENCODER: Part("1" * 64, "new")}, "old")
+
+
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"format": 1, "parts": {"a": 3}}'])
 def test_a_damaged_manifest_is_an_error(tmp_path: Path, content: str) -> None:
     weights = tmp_path / "decoder.pt"
@@ -59,6 +94,6 @@ def test_a_damaged_manifest_is_an_error(tmp_path: Path, content: str) -> None:
 
 
 def test_a_manifest_of_a_later_version_is_an_error(tmp_path: Path) -> None:
-    manifest_path(tmp_path / "d.pt").write_text(json.dumps({"format": 2}))
-    with pytest.raises(UserError, match="has format 2"):
+    manifest_path(tmp_path / "d.pt").write_text(json.dumps({"format": 3}))
+    with pytest.raises(UserError, match="has format 3"):
         read_weights_manifest(tmp_path / "d.pt")

@@ -54,6 +54,28 @@ def test_a_machine_with_several_accelerators_gets_a_hint_of_torchrun(monkeypatch
         start(settings, MeshConfig(ici=IciMesh(fsdp=8)))
 
 
+def test_networks_of_metrics_compute_without_tf32_in_a_bf16_run():
+    flags = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [flag.allow_tf32 for flag in flags]
+
+    def allowed() -> list[bool]:
+        return [flag.allow_tf32 for flag in flags]
+
+    try:
+        for flag in flags:
+            flag.allow_tf32 = True
+        backend = start(RuntimeConfig(backend="torch", precision="bf16"), MeshConfig())
+        assert allowed() == [True, True]
+        with backend.full_float32():
+            assert allowed() == [False, False]
+        assert allowed() == [True, True]
+        start(RuntimeConfig(backend="torch", precision="fp32"), MeshConfig())
+        assert allowed() == [False, False]
+    finally:
+        for flag, value in zip(flags, before, strict=True):
+            flag.allow_tf32 = value
+
+
 def test_flash_attention_is_refused():
     with pytest.raises(UserError, match=r"runtime.attention is flash.*TPUs"):
         start(RuntimeConfig(backend="torch", attention="flash"), MeshConfig())

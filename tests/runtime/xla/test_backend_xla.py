@@ -58,13 +58,14 @@ def sharding(tensor):
 
 
 def test_parameters_moments_and_averages_are_sharded_alike(backend):
-    state = make_state(small_model(), backend)
+    state = make_state(small_model(), backend, average_widths=(0.05, 0.1))
     split = sharding(state.model.module[0].weight)
     assert "devices=[2,1,2]" in split
     assert "last_tile_dim_replicate" in split
     averages = dict(state.ema.named_parameters())
     for name, parameter in state.model.parameters().items():
         copies = [averages[name], *(state.model.moments[m][name] for m in MOMENTS)]
+        copies += [of_width[name] for of_width in state.averages.values()]
         assert {sharding(copy) for copy in copies} == {sharding(parameter)}, name
 
 
@@ -227,15 +228,16 @@ def heads(tokens, channels):
 
 
 @pytest.mark.slow
-def test_flash_attention_equals_plain_attention(backend, kernels):
+@pytest.mark.parametrize("causal", [False, True])
+def test_flash_attention_equals_plain_attention(backend, kernels, causal):
     """Forward and backward, each device on its rows; 24 channels are padded to 128."""
     query, key, value, weight = heads(128, 24)
 
     def run(query, key, value, weight):
         given = [t.detach().clone().requires_grad_() for t in (query, key, value)]
-        result = attention(*given)
+        result = attention(*given, causal=causal)
         with torch.no_grad():
-            without_gradient = attention(*given)
+            without_gradient = attention(*given, causal=causal)
         return [result, without_gradient, *torch.autograd.grad(result, given, weight)]
 
     placed = backend.shard_batch({"query": query, "key": key, "value": value, "weight": weight})
@@ -253,6 +255,7 @@ def test_unsupported_shapes_are_left_to_plain_attention(backend, kernels):
     query, key, value, _ = heads(128, 8)
     assert kernels(query, key[:, :, :64], value[:, :, :64]) is None
     assert kernels(query[:3], key[:3], value[:3]) is None  # three rows for four devices
+    assert kernels(query, key, value, torch.zeros(1, 1, 1, 128)) is None  # a bias
 
 
 def test_flash_attention_is_for_long_sequences_on_tpus():

@@ -59,21 +59,16 @@ print(backend.compilations(), backend.warnings())
 
 
 @pytest.mark.slow
-def test_compiled_programs_are_cached_per_host_or_a_warning_is_given(tmp_path):
-    outputs = []
-    for _ in range(2):
-        done = subprocess.run(
-            [sys.executable, "-c", CACHED, str(tmp_path / "cache")],
-            capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": "."},
-        )  # fmt: skip
-        outputs.append(done.stdout.strip())
-    assert list((tmp_path / "cache" / "host-0").iterdir()), "the cache is empty"
-    assert outputs[0].endswith(" []")
-    # Either the second start compiles nothing, or a warning says why.
-    assert outputs[1] == "0 []" or "runtime.compile_cache" in outputs[1]
+def test_a_cache_that_cannot_be_loaded_is_not_written_and_a_warning_is_given(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", CACHED, str(tmp_path / "cache")],
+        capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": "."},
+    )  # fmt: skip
+    assert "runtime.compile_cache is ignored: torch_xla 2.9" in done.stdout
+    assert not (tmp_path / "cache").exists()
 
 
 def test_a_cache_folder_that_is_not_writable_is_an_error(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"runtime\.compile_cache: .*file/host-3 cannot be written"):
-        open_cache(str(tmp_path / "file"), 3)
+        open_cache(str(tmp_path / "file"), "host-3")

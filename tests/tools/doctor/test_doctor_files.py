@@ -5,11 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 from tiny import IMAGES, make_configs, make_shards
+from tiny_captions import make_captioned_shards, make_config
 
 from rae_xla.config import load_config
 from rae_xla.interop.instantiate import instantiate
 from rae_xla.tools.doctor import files
 from rae_xla.tools.doctor.finding import DoctorContext
+from rae_xla.train.text_to_image_model import build_model, freeze
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +100,23 @@ def test_each_unreadable_data_set_fails(configs, tmp_path):
     ]  # fmt: skip
     assert str(missing) in found[1].text
     assert str(broken) in found[2].text
+
+
+def test_a_text_to_image_run_is_checked(tmp_path):
+    path = make_config(tmp_path, make_captioned_shards(tmp_path, count=6))
+    [found] = files.check_data(make_context(path))
+    assert found.status == "ok"
+    assert "6 samples with texts, first and last tokenised" in found.text
+    override = "text_to_image.train=[head]"
+    model = build_model(load_config(path, overrides=[override]), channels=32, tokens=16)
+    freeze(model, ("head",))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert files.trained_parameters(load_config(path, overrides=[override])) == trained
+    [found] = files.check_data(make_context(path, f"text_to_image.tokenizer={tmp_path}"))
+    assert found.status == "FAIL"
+    assert "tokenizer.json does not exist" in found.text
+    [found] = files.check_data(make_context(path, f"data.train={make_shards(tmp_path)}"))
+    assert "has no captions" in found.fix
 
 
 def test_without_a_configuration_the_checks_are_skipped():

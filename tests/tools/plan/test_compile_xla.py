@@ -108,3 +108,26 @@ def test_a_step_that_does_not_fit_reports_the_memory_it_needs(tmp_path):
     assert step.arguments["optimizer"] == forecast.state_bytes["optimizer"]
     assert "DOES NOT FIT" in forecast_text(forecast, "fast")
     assert " no " in forecast_table([forecast])
+
+
+@pytest.mark.nightly
+def test_the_rows_of_text_to_image_stay_on_their_devices(tmp_path):
+    """Two blocks of each network, with Scale-RAE's rows of 512 tokens and 256 queries."""
+    sizes = (
+        "model_type: qwen2, hidden_size: 512, intermediate_size: 1024, num_hidden_layers: 2, "
+        "num_attention_heads: 8, num_key_value_heads: 4, vocab_size: 4096"
+    )
+    head = {"depth": 2, "hidden_size": 512, "num_heads": 8, "condition_dim": 512}
+    settings = [
+        "data.train=null",
+        "runtime.precision=bf16",
+        "text_to_image.language_model=null",
+        f"text_to_image.language_model_config={{{sizes}}}",
+        *(f"text_to_image.head.{name}={value}" for name, value in head.items()),
+    ]
+    config = load_config(ROOT / "configs/t2i/qwen2.5_1.5b_dit2.4b_siglip2.yaml", settings)
+    request = PlanRequest(config, "t2i", limits=LIMITS)
+    [forecast] = make_forecasts(request, [parse_topology("v6e-16")], [64])
+    assert forecast.step is not None, forecast.not_compiled
+    assert forecast.step.faults == []
+    assert forecast.step.bytes_sent < 1.5 * forecast.fsdp_minimum

@@ -33,6 +33,9 @@ def test_the_slowest_resource_determines_the_step_time():
     found = times(model_flops=1, executed_flops=1, dcn_bytes=3 * V6E.generation.dcn_bandwidth)
     assert (found.step, found.limit) == (3, "network")
 
+    found = times(model_flops=16 * 918e12, executed_flops=16 * 918e12, host=2)
+    assert (found.step, found.limit, found.mfu) == (2, "host", pytest.approx(0.5))
+
 
 def test_cost_of_a_run():
     found = run_cost(V6E, step_seconds=0.36, batch=1024, steps=100_000, price=2.5)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from rae_xla.config import load_config
 from rae_xla.errors import UserError
+from rae_xla.tools.plan.forecast import make_case
 from rae_xla.tools.plan.tpus import TPU_GENERATIONS, parse_topology
 
 
@@ -27,6 +29,23 @@ def test_both_names_give_the_same_topology(gcloud, ours, chips):
     topology = parse_topology(gcloud)
     assert topology == parse_topology(ours)
     assert (str(topology), topology.accelerator, topology.chips) == (ours, gcloud, chips)
+
+
+@pytest.mark.parametrize(
+    ("topology", "chips"),
+    [("v6e:1x1", 1), ("v6e:2x4", 8), ("v5e:4x4", 4), ("2*v6e:2x4", 8), ("v5p:2x2x4", 4)],
+)
+def test_chips_of_a_host(topology, chips):
+    assert parse_topology(topology).chips_per_host == chips
+
+
+def test_a_tensor_group_that_does_not_fit_a_host_is_refused():
+    """As at the start of the run itself (pytorch/xla issue 8842 is about smaller groups)."""
+    settings = ["mesh.ici.tensor=8", "training.global_batch_size=16"]
+    config = load_config(None, overrides=settings)
+    with pytest.raises(UserError, match=r"mesh\.ici\.tensor=8 does not divide the 4 devices"):
+        make_case(config, parse_topology("v6e:4x4"))
+    assert make_case(config, parse_topology("v6e:2x4")).mesh.tensor == 8
 
 
 def test_several_slices():

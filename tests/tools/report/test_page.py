@@ -11,7 +11,7 @@ from tiny import make_configs, make_shards, rae_xla
 from rae_xla.errors import UserError
 from rae_xla.sample.images import save_png
 from rae_xla.tools.report.images import MAX_IMAGES, select_evenly
-from rae_xla.tools.report.page import render, thin, write_page
+from rae_xla.tools.report.page import epochs_to_fid, page_data, render, thin, write_page
 from rae_xla.tools.report.runs import read_run, read_runs
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -203,3 +203,16 @@ def test_no_partial_page_is_left_after_a_failed_write(tmp_path):
     with pytest.raises(OSError, match=r"page\.html"):
         write_page(runs, tmp_path / "page.html")
     assert list(tmp_path.glob("*.unfinished")) == []
+
+
+def test_epochs_to_reach_an_fid(tmp_path):
+    fids = {100: 12.0, 200: 4.0, 300: 5.5, 400: 1.9}
+    lines = [{"step": step, "eval/fid": fid, "eval/fid_lite": 0.1} for step, fid in fids.items()]
+    run = read_run(write_run(tmp_path / "a", lines))
+    assert epochs_to_fid(run) == {}  # the length of an epoch is not known
+    run.starts.append({"plan": {"steps_per_epoch": 40}})
+    assert epochs_to_fid(run) == {
+        "EP_FID@2": 10.0, "EP_FID@3": 10.0, "EP_FID@5": 5.0, "EP_FID@10": 5.0, "EP_FID@20": 2.5,
+        "EP_FID@50": 2.5,
+    }  # fmt: skip
+    assert page_data([run])["runs"][0]["epochs_to_fid"]["EP_FID@2"] == 10.0

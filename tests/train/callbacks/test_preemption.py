@@ -1,5 +1,6 @@
 """Stop requests by signals and by a metadata server (a small real one)."""
 
+import itertools
 import os
 import signal
 import subprocess
@@ -12,7 +13,13 @@ from types import SimpleNamespace
 import pytest
 
 from rae_xla.train.callbacks import preemption
-from rae_xla.train.callbacks.preemption import AGREE_EVERY, EXIT_STOPPED, StopRequest, agree
+from rae_xla.train.callbacks.preemption import (
+    AGREE_SECONDS,
+    EXIT_STOPPED,
+    MAX_AGREE_STEPS,
+    RequestExchange,
+    StopRequest,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -98,9 +105,35 @@ def test_a_silent_or_unreachable_server_is_no_notice(metadata):
     assert preemption.notice("127.0.0.1:9") is None
 
 
-def test_several_processes_agree_at_intervals():
-    others = SimpleNamespace(process_count=3, all_gather_text=lambda text: ["", text, "stop\nsave"])
-    assert agree(others, AGREE_EVERY + 1, {"stop"}) == set()
-    assert agree(others, AGREE_EVERY, set()) == {"stop", "save"}
-    alone = SimpleNamespace(process_count=1)
-    assert agree(alone, 7, {"save"}) == {"save"}
+def exchanges(seconds, first_seconds=0.0, steps=60):
+    """Return the steps at which three processes exchange requests, by the clock of process 0."""
+    now, found = [0.0], []
+
+    def all_gather_text(text):
+        found.append(step)
+        own = text.split("\n")[0]
+        return [own, text, f"{MAX_AGREE_STEPS}\nstop\nsave"]  # the others' intervals do not count
+
+    backend = SimpleNamespace(process_count=3, all_gather_text=all_gather_text)
+    exchange = RequestExchange(backend, clock=lambda: now[0])
+    for step in range(steps):
+        agreed = exchange.agree(step, set())
+        assert agreed == ({"stop", "save"} if found[-1] == step else set())
+        now[0] += first_seconds if step == 0 else seconds
+    return found
+
+
+def test_several_processes_agree_at_the_start_and_about_every_two_seconds():
+    """A slow step must not use up the 30 seconds that torchrun leaves to a stopped run."""
+    fast = exchanges(0.01)
+    assert fast[:6] == [0, 1, 3, 7, 15, 25]
+    assert {b - a for a, b in itertools.pairwise(fast[4:])} == {MAX_AGREE_STEPS}
+    # the first step is no measure: it compiles, or returns at once
+    assert exchanges(0.5, first_seconds=90)[:5] == [0, 1, 2, 4, 8]
+    assert exchanges(0.5)[-1] - exchanges(0.5)[-2] == AGREE_SECONDS / 0.5
+    assert exchanges(3.0)[:6] == [0, 1, 3, 4, 5, 6]
+
+
+def test_a_single_process_gets_its_own_requests():
+    alone = RequestExchange(SimpleNamespace(process_count=1))
+    assert alone.agree(7, {"save"}) == {"save"}

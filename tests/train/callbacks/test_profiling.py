@@ -114,6 +114,6 @@ def test_training_with_a_profile(tmp_path):
     assert lines[-1].keys() >= {
         "perf/step_time", "perf/host_time", "perf/data_wait", "perf/paused",
         "perf/images_per_second", "perf/images_per_second_per_chip", "perf/host_memory_gb",
-        "perf/compilations", "perf/fallbacks",
+        "perf/compilations", "perf/captures", "perf/fallbacks",
     }  # fmt: skip
     assert lines[2]["perf/paused"] >= 0

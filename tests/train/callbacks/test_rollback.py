@@ -164,15 +164,16 @@ def test_a_gradient_above_skip_grad_norm_is_skipped(train, tmp_path):
 def test_a_stopped_run_saves_at_that_step_and_resumes_identically(train, tmp_path, monkeypatch):
     monkeypatch.setattr(FlakyTask, "bad_steps", range(0))
     train(tmp_path / "uninterrupted")
-    agree = preemption.agree
+    exchange = preemption.RequestExchange
+    agree = exchange.agree
     monkeypatch.setattr(
-        preemption,
+        exchange,
         "agree",
-        lambda b, step, requests: {"stop"} if step == 13 else agree(b, step, requests),
+        lambda self, step, requests: {"stop"} if step == 13 else agree(self, step, requests),
     )
     result = train(tmp_path / "stopped")
     assert result.stopped
     assert result.checkpoint.step == 13
-    monkeypatch.setattr(preemption, "agree", agree)
+    monkeypatch.setattr(exchange, "agree", agree)
     assert train(tmp_path / "stopped").checkpoint.step == 30
     assert are_equal(content(tmp_path / "uninterrupted", 30), content(tmp_path / "stopped", 30))

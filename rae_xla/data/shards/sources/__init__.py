@@ -9,10 +9,11 @@ from rae_xla.data.shards.encoding import ORIGINALS, Encoding
 from rae_xla.data.shards.index import INDEX_FILE
 from rae_xla.data.shards.sources.arrays import array_source, load_arrays
 from rae_xla.data.shards.sources.base import ImageSource
+from rae_xla.data.shards.sources.captioned import open_captioned_source
 from rae_xla.data.shards.sources.folder import folder_source
-from rae_xla.data.shards.sources.hub import HUB_PREFIX, hub_source
+from rae_xla.data.shards.sources.hub import holds_columns, hub_source
 from rae_xla.data.shards.sources.webdataset import webdataset_source
-from rae_xla.data.shards.tars import is_tar_pattern
+from rae_xla.data.shards.tars import is_tar, is_tar_pattern, refuse_compressed
 from rae_xla.errors import UserError
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "array_source",
     "folder_source",
     "hub_source",
+    "open_captioned_source",
     "open_image_source",
     "webdataset_source",
 ]
@@ -57,12 +59,13 @@ def open_image_source(
     Raises:
         UserError: there is no usable source at ``path``.
     """
-    from_columns = path.startswith(HUB_PREFIX) or _holds_parquet(path)
+    from_columns = holds_columns(path)
     if not from_columns and (image_column or label_column):
         raise UserError(
             f"{path}: --image-column and --label-column are for data sets of the hub and parquet "
             "files; leave them out"
         )
+    refuse_compressed([path])
     if labels is not None and not path.endswith(".npy"):
         raise UserError(f"{path}: --labels is for an .npy file of images; leave it out")
     if path.endswith(".npy") and labels is None:
@@ -99,19 +102,4 @@ def _holds_tars(path: str) -> bool:
     if not os.path.isdir(path):
         return False
     names = storage.list_files(path)
-    return INDEX_FILE in names or any(name.lower().endswith(".tar") for name in names)
-
-
-def _holds_parquet(path: str) -> bool:
-    """Return whether ``path`` is a parquet file, or a folder with one in it or in ``data``."""
-    if path.endswith(".parquet"):
-        if not os.path.exists(path):
-            raise UserError(f"{path}: no such file (parquet files are read from a local disk)")
-        return True
-    folders = [path, os.path.join(path, "data")]
-    return any(
-        name.endswith(".parquet")
-        for folder in folders
-        if os.path.isdir(folder)
-        for name in os.listdir(folder)
-    )
+    return INDEX_FILE in names or any(map(is_tar, names))

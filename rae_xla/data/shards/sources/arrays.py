@@ -12,9 +12,12 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from rae_xla.data.class_names import names_for
+from rae_xla.data.image_finder import LeftOut
 from rae_xla.data.shards.encoding import ORIGINALS, Encoding, ShardSample
 from rae_xla.data.shards.sources.base import ImageSource, hash_of, sample_order
 from rae_xla.errors import UserError
+
+_LOAD_ERRORS = (LookupError, ValueError, EOFError, OSError, BadZipFile)
 
 
 def array_source(
@@ -82,17 +85,34 @@ def load_arrays(path: str, labels: str | None = None) -> tuple[NDArray[Any], NDA
     for file in (path, labels):
         if file is not None and not os.path.exists(file):
             raise UserError(f"{file}: no such file or folder")
+    if labels is not None:
+        return _load_array(path), _load_array(labels)
     try:
-        loaded = np.load(path, allow_pickle=False)
-        if labels is not None:
-            return loaded, np.load(labels, allow_pickle=False)
-        return loaded["images"], loaded["labels"]
-    except (KeyError, IndexError, ValueError, EOFError, OSError, BadZipFile) as error:
+        with np.load(path, allow_pickle=False) as arrays:
+            left_out = LeftOut()
+            for name in sorted(set(arrays) - {"images", "labels"}):
+                left_out.add("arrays", name)
+            left_out.log(path)
+            return arrays["images"], arrays["labels"]
+    except (*_LOAD_ERRORS, AttributeError, TypeError) as error:
+        what = f" ({error})" if path.endswith(".npz") else ""
         raise UserError(
-            f"{path}: cannot be read as arrays ({error}): give a folder with a sub-folder of "
+            f"{path}: cannot be read as arrays{what}: give a folder with a sub-folder of "
             "images per class, WebDataset or parquet files, hf:OWNER/NAME, an .npz file with "
             "arrays 'images' and 'labels', or an .npy file of images with --labels"
         ) from None
+
+
+def _load_array(file: str) -> NDArray[Any]:
+    try:
+        with open(file, "rb") as content:
+            array: NDArray[Any] = np.lib.format.read_array(content, allow_pickle=False)
+            rest = content.read(1)
+    except _LOAD_ERRORS as error:
+        raise UserError(f"{file}: cannot be read as arrays ({error}): give an .npy file") from None
+    if rest:
+        raise UserError(f"{file}: there is data after the array: write one array to each file")
+    return array
 
 
 def _load(encoding: Encoding, item: tuple[NDArray[np.uint8], int]) -> ShardSample:

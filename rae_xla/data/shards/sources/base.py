@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -26,6 +26,9 @@ class ImageSource:
         contents: hash of the items and their order, to recognise the same samples.
         encoding: how images are encoded.
         workers: number of processes that read and encode.
+        captioned: whether the samples have texts rather than labels.
+        dropped: number of samples that were left out, by reason.
+        first_dropped: name of the first one, by reason.
     """
 
     items: Sequence[Any]
@@ -34,6 +37,9 @@ class ImageSource:
     contents: str
     encoding: Encoding
     workers: int = 1
+    captioned: bool = False
+    dropped: Mapping[str, int] = field(default_factory=dict)
+    first_dropped: Mapping[str, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.items)

@@ -10,7 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rae_xla import storage
-from rae_xla.data.class_names import names_for
+from rae_xla.data.class_names import in_label_order, names_for, warn_of_numbers
+from rae_xla.data.image_decoding import IMAGE_EXTENSIONS
+from rae_xla.data.image_finder import LeftOut, find_files
 from rae_xla.data.shards.encoding import ORIGINALS, Encoding, ShardSample
 from rae_xla.data.shards.sources.base import ImageSource, hash_of, sample_order
 from rae_xla.errors import UserError
@@ -32,8 +34,9 @@ def hub_source(
     """Return a source of images from a data set that ``datasets`` can load.
 
     Args:
-        source: a repository ``hf:owner/name``, a local ``.parquet`` file, or a local folder of such
-            files; ``datasets`` keeps a copy in its cache (``HF_HOME``).
+        source: a repository ``hf:owner/name``, a local ``.parquet`` file, a local folder of such
+            files, or a folder that ``save_to_disk`` of ``datasets`` wrote; of the others
+            ``datasets`` keeps a copy in its cache (``HF_HOME``).
         split: of the repository or folder.
         image_column: if None, the only column of images.
         label_column: integers, class labels or class names; if None, the only one of class labels.
@@ -47,37 +50,45 @@ def hub_source(
             type, or a row has no label; while iterating, if an image cannot be read, or a row names
             a file outside of the data set.
     """
-    try:
-        import datasets
-    except ImportError:
-        raise UserError(
-            f"{source}: reading it needs the package datasets: pip install 'rae-xla[hub]'"
-        ) from None
-    table = _open(source, split)
-    image = image_column or _only_column(table, datasets.Image, source, "--image-column")
-    label = label_column or _only_column(table, datasets.ClassLabel, source, "--label-column")
-    for name in (image, label):
-        if name not in table.column_names:
-            raise UserError(f"{source}: no column {name!r}; there are {_columns(table)}")
+    table = open_table(source, split)
+    import datasets
+
+    image = image_column or only_column(table, datasets.Image, source, "--image-column")
+    label = label_column or only_column(table, datasets.ClassLabel, source, "--label-column")
+    check_columns(table, [image, label], source)
     labels, names = _labels(table, label, class_names, source)
-    try:
-        images = table.select_columns([image]).cast_column(image, datasets.Image(decode=False))
-    except Exception as error:  # pyarrow's, for a column of another type
-        raise UserError(
-            f"{source}: column {image!r} has no images ({_first_line(error)})"
-        ) from None
+    images = encoded_images(table, image, source)
     order = sample_order(len(labels), shuffle)
     # The total size represents the content: hashing all images would take as long as
     # making the shards.
     size = str(table.info.dataset_size or "").encode()
     contents = hash_of([image.encode(), size, labels[order].tobytes()])
-    load = _Load(source, images, image, _folders(source))
+    load = TableImages(source, images, image, folders_of(source))
     items = [(row, int(labels[row])) for row in order]
     return ImageSource(items, load, names, contents, encoding, workers)
 
 
+def check_columns(table: Any, names: list[str], source: str) -> None:
+    """Raise unless a table has these columns."""
+    for name in names:
+        if name not in table.column_names:
+            raise UserError(f"{source}: no column {name!r}; there are {_columns(table)}")
+
+
+def encoded_images(table: Any, column: str, source: str) -> Any:
+    """Return the column of encoded images of a table."""
+    import datasets
+
+    try:
+        return table.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+    except Exception as error:  # pyarrow's, for a column of another type
+        raise UserError(
+            f"{source}: column {column!r} has no images ({_first_line(error)})"
+        ) from None
+
+
 @dataclass(frozen=True)
-class _Load:
+class TableImages:
     """Reads and encodes a row; it pickles as the names of the files in the library's cache."""
 
     source: str
@@ -86,14 +97,21 @@ class _Load:
     folders: tuple[str, ...]
 
     def __call__(self, encoding: Encoding, item: tuple[int, int]) -> ShardSample:
+        """Return the encoded sample of a row and a label."""
         row, label = item
+        return encoding.of_file(self.content(row), label, f"{self.source}, row {row}")
+
+    def content(self, row: int) -> bytes:
+        """Return the encoded image of a row.
+
+        Raises:
+            UserError: there is none.
+        """
         cell = self.table[row][self.column]
         if cell is None or (cell["bytes"] is None and cell["path"] is None):
             raise UserError(f"{self.source}: row {row} has no image; remove the row")
-        content = cell["bytes"]
-        if content is None:
-            content = self._read_named(row, cell["path"])
-        return encoding.of_file(content, label, f"{self.source}, row {row}")
+        content: bytes | None = cell["bytes"]
+        return self._read_named(row, cell["path"]) if content is None else content
 
     def _read_named(self, row: int, name: str) -> bytes:
         """Read the file that a row names; files outside of the data set could be the user's own."""
@@ -111,7 +129,7 @@ class _Load:
             raise UserError(f"{where}, which does not exist") from None
 
 
-def _folders(source: str) -> tuple[str, ...]:
+def folders_of(source: str) -> tuple[str, ...]:
     """Return the folders of a data set's files, with symbolic links resolved.
 
     For a repository: the library's copy of it, and the folder of unpacked archives.
@@ -127,14 +145,56 @@ def _folders(source: str) -> tuple[str, ...]:
     return tuple(os.path.realpath(folder) for folder in folders)
 
 
-def _open(source: str, split: str) -> Any:
-    import datasets
+def is_saved_dataset(path: str) -> bool:
+    """Return whether ``save_to_disk`` of ``datasets`` wrote a folder."""
+    return any(os.path.isfile(os.path.join(path, n)) for n in ("state.json", "dataset_dict.json"))
+
+
+def holds_columns(path: str) -> bool:
+    """Return whether a path names a table: ``hf:``, parquet files, or a saved data set.
+
+    Raises:
+        UserError: it names a parquet file that does not exist.
+    """
+    if path.startswith(HUB_PREFIX) or is_saved_dataset(path):
+        return True
+    if path.endswith(".parquet"):
+        if not os.path.exists(path):
+            raise UserError(f"{path}: no such file (parquet files are read from a local disk)")
+        return True
+    folders = [path, os.path.join(path, "data")]
+    return any(
+        name.endswith(".parquet") and not name.startswith(".")
+        for folder in folders
+        if os.path.isdir(folder)
+        for name in os.listdir(folder)
+    )
+
+
+def open_table(source: str, split: str) -> Any:
+    """Open a data set with the library ``datasets``; see ``hub_source``.
+
+    Raises:
+        UserError: the library is not installed, or the data set cannot be read.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(
+            f"{source}: reading it needs the package datasets: pip install 'rae-xla[hub]'"
+        ) from None
 
     try:
         if source.startswith(HUB_PREFIX):
             return datasets.load_dataset(source.removeprefix(HUB_PREFIX), split=split)
+        if is_saved_dataset(source):
+            loaded = datasets.load_from_disk(source)
+            return loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
         if source.endswith(".parquet"):
             return datasets.load_dataset("parquet", data_files={split: source}, split=split)
+        left_out = LeftOut()
+        find_files(source, left_out, {"parquet", *IMAGE_EXTENSIONS})  # rows may name images
+        left_out.log(source)
         return datasets.load_dataset(source, split=split)
     except Exception as error:  # of the library, its HTTP client, pyarrow …
         cause = error.__cause__ or error
@@ -145,7 +205,8 @@ def _open(source: str, split: str) -> Any:
         ) from None
 
 
-def _only_column(table: Any, kind: type, source: str, option: str) -> str:
+def only_column(table: Any, kind: type, source: str, option: str) -> str:
+    """Return the name of the only column of a kind; ``option`` chooses another."""
     found = [name for name, feature in table.features.items() if isinstance(feature, kind)]
     if len(found) != 1:
         many = f"{len(found)} columns" if found else "no column"
@@ -176,8 +237,12 @@ def _labels(
         raise UserError(f"{where}: the label of row {bad[0]} is {values[bad[0]]!r}")
     if not values:
         raise UserError(f"{source}: there is no row in it; check the split")
+    if len({isinstance(value, str) for value in values}) > 1:
+        raise UserError(f"{where}: some labels are numbers, others are names: make them alike")
     if isinstance(values[0], str):
-        names = given or tuple(sorted(set(values)))
+        names = given or tuple(in_label_order(set(values)))
+        if given is None:
+            warn_of_numbers(names, f"{where}: class")
         number = {name: label for label, name in enumerate(names)}
         unknown = sorted(set(values) - set(number))
         if unknown:
@@ -190,6 +255,8 @@ def _labels(
             "no labels; choose another with --split"
         )
     own = getattr(table.features[column], "names", None)
+    if own and given is None:
+        warn_of_numbers(own, f"{where}: class")
     return labels, names_for(int(np.max(labels)), given or (tuple(own) if own else None), where)
 
 

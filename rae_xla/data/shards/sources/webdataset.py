@@ -13,18 +13,16 @@ from numpy.typing import NDArray
 
 from rae_xla import storage
 from rae_xla.data.class_names import names_for
+from rae_xla.data.image_finder import LeftOut
 from rae_xla.data.shards.encoding import ORIGINALS, Encoding, ShardSample
 from rae_xla.data.shards.index import INDEX_FILE, ShardIndex, open_index
 from rae_xla.data.shards.sources.base import ImageSource, hash_of, sample_order
-from rae_xla.data.shards.tars import (
-    DamagedTarError,
-    is_tar_pattern,
-    parse_label,
-    scan_samples,
-    tar_files,
-)
+from rae_xla.data.shards.tar_faults import DamagedTarError, tar_fault
+from rae_xla.data.shards.tar_samples import parse_label, scan_samples, usable_samples
+from rae_xla.data.shards.tars import is_tar_pattern, tar_files
 from rae_xla.data.shards.worker_pool import ordered_map
 from rae_xla.errors import UserError
+from rae_xla.progress import progress_bar
 
 LOCATION = np.dtype([("file", "<i4"), ("offset", "<i8"), ("size", "<i8"), ("label", "<i4")])
 """A row per sample: number of its tar, offset and size of its image, label."""
@@ -61,7 +59,7 @@ def webdataset_source(
         paths, locations = [index.path_of(shard) for shard in index.shards], _from_index(index)
     else:
         paths = tar_files(source)
-        locations = _scan_all(paths, workers)
+        locations = _scan_all(paths, workers, source)
     known = class_names or (None if index is None else index.class_names)
     names = names_for(int(locations["label"].max()), known, source)
     order = sample_order(len(locations), shuffle)
@@ -87,31 +85,38 @@ def _from_index(index: ShardIndex) -> NDArray[np.void]:
     return locations
 
 
-def _scan_all(paths: Sequence[str], workers: int) -> NDArray[np.void]:
-    tables = list(ordered_map(_scan, paths, workers))
-    for number, table in enumerate(tables):
+def _scan_all(paths: Sequence[str], workers: int, source: str) -> NDArray[np.void]:
+    left_out, tables = LeftOut(), []
+    scanned = ordered_map(_scan, paths, workers)
+    bar = progress_bar(scanned, total=len(paths), desc="reading headers", unit="tar")
+    for number, (table, unused) in enumerate(bar):
         table["file"] = number
+        tables.append(table)
+        left_out.merge(unused)
+    left_out.log(f"{source}: members of the tars")
     return np.concatenate(tables)
 
 
-def _scan(path: str) -> NDArray[np.void]:
-    """Return the locations of the samples of one tar, as file 0."""
+def _scan(path: str) -> tuple[NDArray[np.void], LeftOut]:
+    """Return the locations of the samples of one tar, as file 0, and what is not used of it."""
     rows: list[tuple[int, int, int, int]] = []
+    faults: list[str] = []
+    left_out = LeftOut()
     with storage.open_read(path) as file:
         try:
-            for sample in scan_samples(file):
-                if (fault := sample.fault()) is not None:
-                    raise UserError(f"{path}: sample {sample.key}: {fault}")
+            for sample in usable_samples(scan_samples(file, left_out), faults):
                 label = parse_label(sample.label or b"")
                 assert label is not None, "a sample without a fault has a label"
                 rows.append((0, sample.offset, sample.size, label))
         except (DamagedTarError, OSError) as error:
-            raise UserError(
-                f"{path}: not a complete tar after {len(rows)} samples ({error}); copy it again"
-            ) from None
+            raise UserError(f"{path}: {tar_fault(error, len(rows))}") from None
+    if faults:
+        more = f" (and {len(faults) - 1} more faults)" if len(faults) > 1 else ""
+        raise UserError(f"{path}: {faults[0]}{more}")
     if not rows:
-        raise UserError(f"{path}: there is no sample in this tar; leave it out")
-    return np.array(rows, LOCATION)
+        found = f" ({left_out})" if left_out.counts else ""
+        raise UserError(f"{path}: there is no sample in this tar{found}; leave it out")
+    return np.array(rows, LOCATION), left_out
 
 
 class _Item(NamedTuple):

@@ -1,0 +1,1 @@
+"""First run on new hardware: checks and times everything in ten minutes, into one file."""
