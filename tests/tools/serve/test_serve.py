@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from playwright.sync_api import expect, sync_playwright
 from tiny import environment
 from tiny_text_to_image import write_tiny_text_to_image
 
@@ -239,8 +240,6 @@ def test_wrong_address_is_found_before_the_model_is_loaded(
 def browser() -> Iterator[Any]:
     if CHROMIUM is None:
         pytest.skip("Chromium is not installed")
-    from playwright.sync_api import sync_playwright
-
     with sync_playwright() as playwright:
         opened = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
         yield opened
@@ -252,7 +251,8 @@ def open_page(browser: Any, url: str, width: int) -> tuple[Any, list[str]]:
     page.on("console", lambda message: messages.append(message.text))
     page.on("pageerror", lambda error: messages.append(str(error)))
     page.goto(url)
-    page.wait_for_function("document.getElementById('steps').value !== ''")
+    # `wait_for_function` would evaluate strings in the page, which its policy forbids.
+    expect(page.locator("#steps")).not_to_have_value("")
     return page, messages
 
 
@@ -266,9 +266,10 @@ def test_page_in_a_browser(browser: Any, site: Site, tmp_path: Path) -> None:
         page.click("#go")
     for (page, messages), width in zip(pages, (1280, 390), strict=True):
         page.wait_for_selector("#result:not([hidden])", timeout=120_000)
-        page.wait_for_function(
-            "[...document.images].length === 2 && [...document.images].every(i => i.naturalWidth)"
-        )
+        expect(page.locator("img")).to_have_count(2)
+        for image in page.locator("img").all():
+            expect(image).to_have_js_property("complete", True)
+            assert image.evaluate("image => image.naturalWidth") > 0
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         assert page.locator("#message").inner_text() == "Done: 2 images."
         assert json.loads(page.locator("#settings").inner_text())["seed"] == 7
