@@ -22,11 +22,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch_xla.core.xla_model as xm
 from torch import Tensor
 from torch.nn import functional as F
 
 from rae_xla.runtime.sharding import Placement, entry_axes
 from rae_xla.runtime.xla.spmd_mesh import Annotate, SpmdMesh, annotated
+
+LANES = 128
+"""Width of a TPU's registers: tensors are stored in tiles of as many columns."""
 
 
 class ShardedLinear:
@@ -153,7 +157,7 @@ def _scattered_weight_gradient(
     """Multiply the rows of each device, and reduce-scatter the products."""
     rows = mesh.local_rows(x)
     sums = [
-        mesh.reduce_scatter(_weight_product(mesh.local_rows(gradient), rows, heads, transposed))
+        _reduce_scatter(mesh, _weight_product(mesh.local_rows(gradient), rows, heads, transposed))
         for gradient in gradients
     ]
     if transposed:
@@ -161,6 +165,20 @@ def _scattered_weight_gradient(
     else:
         result = mesh.global_tensor(torch.cat(sums), ("fsdp", None))
     return as_stored(result)
+
+
+def _reduce_scatter(mesh: SpmdMesh, product: Tensor) -> Tensor:
+    """Sum a matrix over all devices, of which each gets some rows.
+
+    The compiler stores a matrix by columns if that needs no padding while storing it by rows does,
+    and then sends it in an all-reduce. Such a matrix is padded.
+    """
+    rows, columns = product.shape
+    if rows % LANES or columns % LANES == 0:
+        return mesh.reduce_scatter(product)
+    total = mesh.reduce_scatter(F.pad(product, (0, -columns % LANES)))
+    xm.optimization_barrier_([total])  # the compiler cannot combine a scatter with the slice
+    return total[:, :columns]
 
 
 @torch.library.custom_op("rae_xla::weight_gradient", mutates_args=())

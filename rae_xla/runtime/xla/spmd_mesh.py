@@ -15,6 +15,13 @@ from rae_xla.runtime.mesh import BATCH
 from rae_xla.runtime.sharding import Entry, PartitionSpec, shard_count
 from rae_xla.runtime.xla import compat
 
+MAX_SCATTER_GROUP = 8
+"""Devices of one reduce-scatter.
+
+libtpu 0.0.21 compiles a reduce-scatter over 16 devices or more to an all-reduce, which sends twice
+as many bytes.
+"""
+
 Annotate = Callable[[Tensor], Tensor]
 """Return a copy of a tensor that is annotated with a sharding."""
 
@@ -89,7 +96,8 @@ class SpmdMesh:
 
     def reduce_scatter(self, local: Tensor) -> Tensor:
         """Sum manual shards over all devices; ``fsdp`` shards the first dimension of the sum."""
-        local = compat.reduce_scatter_shards(local, self._groups("fsdp"))
+        for groups in scatter_stages(self._groups("fsdp")):
+            local = compat.reduce_scatter_shards(local, groups)
         if "data" in self.axis_sizes:
             local = compat.all_reduce_shards(local, self._groups("data"))
         return local
@@ -108,6 +116,30 @@ class SpmdMesh:
         devices = self._mesh.get_logical_mesh().swapaxes(position, -1)
         groups: list[list[int]] = devices.reshape(-1, devices.shape[-1]).tolist()
         return groups
+
+
+def scatter_stages(groups: list[list[int]]) -> list[list[list[int]]]:
+    """Split a reduce-scatter over many devices into several over at most ``MAX_SCATTER_GROUP``.
+
+    One over 16 devices becomes one over devices that are 4 apart, and one over 4 neighbours. They
+    send the same number of bytes, and every device gets the same share of the sum.
+
+    Args:
+        groups: devices of each reduce-scatter, in the order of their shares.
+
+    Returns:
+        The groups of each stage, in the order of execution.
+    """
+    size = len(groups[0])
+    divisors = [d for d in range(2, MAX_SCATTER_GROUP + 1) if size % d == 0]
+    if size <= MAX_SCATTER_GROUP or not divisors:
+        return [groups]
+    # about equal stages where two are enough
+    factor = next((d for d in divisors if d * d >= size), divisors[-1])
+    rest = size // factor
+    strided = [group[offset::rest] for group in groups for offset in range(rest)]
+    adjacent = [group[start : start + rest] for group in groups for start in range(0, size, rest)]
+    return [strided, *scatter_stages(adjacent)]
 
 
 def _padded(spec: PartitionSpec, dimensions: int) -> PartitionSpec:

@@ -24,6 +24,9 @@ KINDS = (
 BETWEEN_SLICES = "between-slices"
 """Kind of a transfer to the host, which reduces it with other slices over the network."""
 
+LANES = 128
+"""Width of a register."""
+
 LARGE_TENSOR = 2**20
 """Bytes above which an all-reduce of activations, or an all-gather in float32, is a fault."""
 
@@ -63,7 +66,7 @@ def find_collectives(module: Module, chips: int) -> list[Collective]:
     The TPU compiler may split a collective into pieces that overlap with other work. The pieces
     share a channel and count as one collective.
     """
-    by_channel: dict[tuple[str, str], Collective] = {}
+    by_channel: dict[tuple[str, str, str], Collective] = {}
     for instruction, where, count in module.instructions():
         kind = instruction.opcode.removesuffix("-start")
         if kind == "send" and "megascale" in instruction.attributes:
@@ -72,10 +75,12 @@ def find_collectives(module: Module, chips: int) -> list[Collective]:
             continue
         found = _collective(instruction, kind, where, count, chips)
         channel = instruction.attribute(r"channel_id=(\d+)") or f"{where}/{instruction.name}"
-        known = by_channel.get((kind, channel))
+        # torch_xla gives all collectives of manual partitions the same channel.
+        key = (kind, channel, found.source)
+        known = by_channel.get(key)
         # Pieces may be inside a loop that overlaps them with other work.
         if known is None or found.count < known.count:
-            by_channel[kind, channel] = found
+            by_channel[key] = found
     return sorted(by_channel.values(), key=lambda collective: -collective.bytes_sent)
 
 
@@ -136,13 +141,25 @@ def find_faults(collectives: Iterable[Collective], weights: Iterable[tuple[int, 
         for shape in collective.shapes:
             if shape.num_bytes <= LARGE_TENSOR:
                 continue
-            is_weight = _without_ones(shape.dims) in known
+            dims = _without_ones(shape.dims)
+            is_gradient = dims in known or any(_is_share(dims, weight) for weight in known)
             size = f"{shape.num_bytes / 2**20:.1f} MiB, {shape.dtype}{list(shape.dims)}"
-            if collective.kind == "all-reduce" and not is_weight:
+            if collective.kind == "all-reduce" and not is_gradient:
                 found.append(f"all-reduce of activations: {size} {collective.source}")
             if collective.kind == "all-gather" and shape.dtype == "f32":
                 found.append(f"all-gather in float32: {size} {collective.source}")
     return found
+
+
+def _is_share(dims: tuple[int, ...], weight: tuple[int, ...]) -> bool:
+    """Return whether ``dims`` are some rows of a weight, after a first stage of its reduce-scatter.
+
+    Columns may be padded to the width of a register.
+    """
+    if len(dims) != 2 or len(weight) != 2:
+        return False
+    padded = -(-weight[1] // LANES) * LANES
+    return weight[0] % dims[0] == 0 and dims[1] in (weight[1], padded)
 
 
 def _without_ones(shape: Iterable[int]) -> tuple[int, ...]:

@@ -93,6 +93,38 @@ def test_faults_of_an_fsdp_step(module):
     )  # without shapes of weights, a gradient looks like an activation
 
 
+@pytest.mark.parametrize(
+    ("shape", "is_fault"),
+    [("2048,5461", False), ("512,5504", False), ("512,5461", False), ("500,5461", True)],
+    ids=["the gradient", "padded rows of it", "rows of it", "other rows"],
+)
+def test_rows_of_a_gradient_are_no_activations(shape, is_fault):
+    text = (Path(__file__).parent / "step.hlo").read_text()
+    module = parse_module(
+        text.replace(
+            "bf16[16,261,768]{1,2,0:T(8,128)(2,1)} all-reduce", f"bf16[{shape}] all-reduce"
+        )
+    )
+    found = find_faults(
+        find_collectives(module, CHIPS), [(WIDTH, WIDTH), (6912, 1152), (5461, 2048)]
+    )
+    assert bool(found) == is_fault
+
+
+def test_reduce_scatters_that_share_a_channel_count_separately(module):
+    """torch_xla gives the collectives of all manual partitions the same channel."""
+    line = (
+        "  %{name} = bf16[192,768]{{1,0}} reduce-scatter(%x), channel_id=1, "
+        "replica_groups={{{{0,4,8,12}},{{1,5,9,13}},{{2,6,10,14}},{{3,7,11,15}}}}, dimensions={{0}}, "
+        'metadata={{op_name="{name}"}}'
+    )
+    names = ("reduce-scatter.1", "reduce-scatter.2")
+    lines = [line.format(name=name) for name in names]
+    text = "HloModule step\n\nENTRY %main () -> bf16[] {\n" + "\n".join(lines) + "\n}\n"
+    found = find_collectives(parse_module(text), CHIPS)
+    assert [collective.bytes_sent for collective in found] == 2 * [2 * 192 * 768 * 3]
+
+
 def test_a_weight_gathered_in_float32_is_a_fault():
     text = (Path(__file__).parent / "step.hlo").read_text()
     module = parse_module(text.replace("%all-gather.150 = bf16", "%all-gather.150 = f32"))
