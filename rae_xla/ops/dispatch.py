@@ -25,7 +25,15 @@ import torch
 
 Implementation = Callable[..., Any]
 
-OPERATIONS = ("attention", "apply_rope", "gather_tokens", "layer_norm", "adamw_", "average_")
+OPERATIONS = (
+    "attention",
+    "apply_rope",
+    "cross_entropy",
+    "gather_tokens",
+    "layer_norm",
+    "adamw_",
+    "average_",
+)
 """Operations that dispatch, by the name of their function in ``rae_xla.ops``."""
 
 # Operation -> device type -> implementations, the latest registration first. A device belongs to

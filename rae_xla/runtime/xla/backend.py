@@ -36,6 +36,7 @@ from rae_xla.runtime.sharding import (
 from rae_xla.runtime.snapshot import HostTensor
 from rae_xla.runtime.xla import compat
 from rae_xla.runtime.xla.compile_cache import cache_warnings, can_load_programs, open_cache
+from rae_xla.runtime.xla.cross_entropy import register_cross_entropy
 from rae_xla.runtime.xla.device_mesh import RowTransfer, make_device_mesh, slice_count
 from rae_xla.runtime.xla.flash_attention import (
     FlashAttention,
@@ -126,6 +127,7 @@ class XLABackend(GlobalArithmetic):
         xs.set_global_mesh(self.device_mesh)
         self._spmd_mesh = SpmdMesh(self.device_mesh)
         self._annotator = ShardingAnnotator(self._spmd_mesh)
+        register_cross_entropy()
         register_token_gather()
         self._remat, self._scan = runtime.remat, runtime.scan
         self.replay_counters = ReplayCounters()
