@@ -9,7 +9,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 from tiny import metrics, rae_xla, rae_xla_processes
 from tiny_captions import make_config, make_mixture
 
@@ -82,3 +84,28 @@ def test_two_processes_of_torch_give_the_same_numbers(folder: Path, on_torch: An
     expected, actual = losses(on_torch), losses(metrics(folder / "fsdp2"))
     for metric in COMPARED:
         assert actual[metric] == pytest.approx(expected[metric], rel=1e-4), metric
+
+
+@pytest.mark.parametrize(
+    ("processes", "settings"),
+    [
+        (2, ["mesh.ici.fsdp=2"]),
+        pytest.param(1, ["runtime.backend=xla", "runtime.devices=4"], marks=pytest.mark.nightly),
+    ],
+    ids=["two processes of torch", "xla, 4 devices"],
+)
+def test_previews_show_the_images_of_one_device(
+    folder: Path, processes: int, settings: list[str]
+) -> None:
+    short = ["training.steps=1", "training.sample_every=1"]
+    train(folder, "preview", short)
+    name = f"preview {settings[0]}"
+    for done in rae_xla_processes(processes, *arguments(folder, name, [*short, *settings])):
+        assert done.returncode == 0, done.stderr
+    for step in (0, 1):
+        expected, found = (
+            np.asarray(Image.open(folder / run / f"samples/t2i-{step:08d}.png")).astype(int)
+            for run in ("preview", name)
+        )
+        assert expected.std() > 10
+        assert np.abs(found - expected).max() <= 1

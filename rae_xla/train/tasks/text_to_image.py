@@ -256,12 +256,8 @@ class TextToImageTask(Task):
         return RowLosses(text, matches, image.mean(2).sum(1))
 
     def preview(self, state: TrainState) -> Preview | None:
-        """Return images of the first captions by the averaged model, without guidance.
-
-        Only on a single device of torch: elsewhere the parts of the model that generation calls
-        one by one are sharded.
-        """
-        if self._prompts is None or self.backend.name != "torch" or self.backend.process_count > 1:
+        """Return images of the first captions by the averaged model, without guidance."""
+        if self._prompts is None:
             return None
         captions = self._settings.captions
         sampler = PromptSampler(
