@@ -4,15 +4,28 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import tiny
 from tiny_captions import make_config, make_mixture
 
 STEPS = 24
 
 
-def test_killed_run_resumes_bit_identical(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [
+        [],
+        pytest.param(
+            ["runtime.backend=xla", "runtime.devices=4"],
+            marks=[pytest.mark.xla, pytest.mark.nightly],
+        ),
+    ],
+    ids=["torch", "xla, 4 devices"],
+)
+def test_killed_run_resumes_bit_identical(tmp_path: Path, settings: list[str]) -> None:
     config = make_config(tmp_path, "set below")
     mixed = [*make_mixture(tmp_path), f"training.steps={STEPS}", "checkpoint.every_steps=4"]
+    mixed += settings
 
     def start(name: str) -> tiny.StartedCommand:
         results = ("--results-dir", tmp_path / name)
