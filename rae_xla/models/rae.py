@@ -308,11 +308,10 @@ def _is_checkpoint(state: Any) -> bool:
 
 def _check_shape(statistics: Tensor, shape: tuple[int, ...] | torch.Size, name: str) -> None:
     """Raise if statistics do not broadcast to ``shape``, that of the latents called ``name``."""
-    try:
-        fits = torch.broadcast_shapes(statistics.shape, tuple(shape)) == torch.Size(shape)
-    except RuntimeError:
-        fits = False
-    if not fits:
+    # Compared here because torch.broadcast_shapes imports sympy, which takes most of a second.
+    sizes = (1,) * (len(shape) - statistics.ndim) + tuple(statistics.shape)
+    fits = (own in (1, size) for own, size in zip(sizes, shape, strict=False))
+    if len(sizes) != len(shape) or not all(fits):
         raise UserError(
             f"{name} have shape {tuple(shape)}, but the latent statistics have "
             f"shape {tuple(statistics.shape)}"

@@ -13,7 +13,6 @@ The generator is Threefry-2x32 with 20 rounds (Salmon et al., "Parallel random n
 from __future__ import annotations
 
 import math
-import zlib
 from dataclasses import dataclass, replace
 
 import torch
@@ -77,13 +76,27 @@ def _bits_to_uniform(bits: Tensor) -> Tensor:
     return _shift_right(bits, 8).to(torch.float32) * 2.0**-24
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
-def _purpose_id(purpose: str) -> int:
-    """Return a 32-bit id of ``purpose``.
+def _crc32_table() -> tuple[int, ...]:
+    """Return the CRC-32 of every byte, without the inversions at both ends."""
+    table = list(range(256))
+    for _ in range(8):
+        table = [(crc >> 1) ^ (0xEDB88320 if crc & 1 else 0) for crc in table]
+    return tuple(table)
 
-    A constant for torch.compile, which cannot trace zlib and would break the graph.
+
+_CRC32_TABLE = _crc32_table()
+
+
+def _purpose_id(purpose: str) -> int:
+    """Return the CRC-32 of ``purpose``, as ``zlib.crc32`` computes it.
+
+    torch.compile would break the graph at zlib. Marking a call of it as constant imports the
+    compiler, 2 s of processor time in every command; this loop, torch.compile traces to a constant.
     """
-    return zlib.crc32(purpose.encode())
+    crc = 0xFFFFFFFF
+    for byte in purpose.encode():
+        crc = _CRC32_TABLE[(crc ^ byte) & 0xFF] ^ (crc >> 8)
+    return crc ^ 0xFFFFFFFF
 
 
 @dataclass(frozen=True)

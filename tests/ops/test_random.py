@@ -1,10 +1,12 @@
 """Counter-based random numbers: published test vectors, statistics, independence of the batch."""
 
+import zlib
+
 import pytest
 import torch
 
 from rae_xla.ops import random
-from rae_xla.ops.random import CounterRNG, _int32, threefry
+from rae_xla.ops.random import CounterRNG, _int32, _purpose_id, threefry
 
 # Test vectors of Threefry-2x32 with 20 rounds, from the Random123 distribution of its authors.
 TEST_VECTORS = [
@@ -42,6 +44,12 @@ def test_seed_step_purpose_and_row_change_the_numbers():
     ]
     for other in others:
         assert not torch.isin(other, base).any()
+
+
+@pytest.mark.parametrize("purpose", ["", "time", "label dropout", "\xe9\u2192"])
+def test_purpose_id_is_the_crc32_of_its_text(purpose):
+    """Any other hash would change every random number of a resumed run."""
+    assert _purpose_id(purpose) == zlib.crc32(purpose.encode())
 
 
 def test_distributions_are_uniform_and_normal():
