@@ -1,11 +1,14 @@
-"""Attention of the language models of transformers: by our kernels where it is only causal."""
+"""Attention of the language models of transformers: by our kernels where it is only causal.
+
+Importing this module registers it with transformers. That takes seconds, because it also imports
+torch's compiler, scipy and torchvision.
+"""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -45,27 +48,3 @@ def _attention(
 
 
 AttentionInterface.register(ATTENTION, _attention)
-
-
-def attention_mask(
-    length: int, padding: Tensor | None, is_causal: bool, device: torch.device
-) -> Tensor:
-    """Return which token sees which, (B or 1, 1, L, L) bool, true where attention is allowed.
-
-    transformers computes a mask from a (B, L) one by reading it on the host, which would wait for
-    the device in every step; it uses a mask of this shape as it is. A padding token sees itself, so
-    that no row of the attention matrix is empty.
-
-    Args:
-        length: L.
-        padding: (B, L) bool, true for tokens that no other token may attend to.
-        is_causal: whether a token only sees earlier tokens and itself.
-        device: of the mask.
-    """
-    position = torch.arange(length, device=device)
-    allowed = position[:, None] >= (position if is_causal else 0 * position)
-    mask = allowed[None, None]
-    if padding is not None:
-        itself = position[:, None] == position
-        mask = (mask & ~padding[:, None, None]) | itself
-    return mask

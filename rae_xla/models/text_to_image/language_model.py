@@ -13,7 +13,6 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from rae_xla.errors import UserError
 from rae_xla.models.intermediate_heads import mark_read_blocks
-from rae_xla.models.text_to_image.language_attention import ATTENTION, attention_mask
 
 # Model types whose attention is bidirectional. They have no next-token head here.
 ENCODER_TYPES = ("bert", "roberta", "xlm-roberta", "distilbert", "mpnet", "modernbert")
@@ -94,6 +93,9 @@ class LanguageModel(nn.Module):
         # Only transformers' newer classes take another attention; all causal models here are new.
         self.causal_attention = self.is_causal and bool(base._supports_attention_backend)
         if self.causal_attention:
+            # Imported here because it is slow to import and only needed for a model.
+            from rae_xla.models.text_to_image.language_attention import ATTENTION
+
             base.set_attn_implementation(ATTENTION)  # type: ignore[operator]
         self.base: Any = base
 
@@ -200,6 +202,30 @@ class LanguageModel(nn.Module):
                 options["only_causal"] = True
         mask = attention_mask(length, padding, self.is_causal, device)
         return self.base(inputs_embeds=embeddings, attention_mask=mask, **options)
+
+
+def attention_mask(
+    length: int, padding: Tensor | None, is_causal: bool, device: torch.device
+) -> Tensor:
+    """Return which token sees which, (B or 1, 1, L, L) bool, true where attention is allowed.
+
+    transformers computes a mask from a (B, L) one by reading it on the host, which would wait for
+    the device in every step; it uses a mask of this shape as it is. A padding token sees itself, so
+    that no row of the attention matrix is empty.
+
+    Args:
+        length: L.
+        padding: (B, L) bool, true for tokens that no other token may attend to.
+        is_causal: whether a token only sees earlier tokens and itself.
+        device: of the mask.
+    """
+    position = torch.arange(length, device=device)
+    allowed = position[:, None] >= (position if is_causal else 0 * position)
+    mask = allowed[None, None]
+    if padding is not None:
+        itself = position[:, None] == position
+        mask = (mask & ~padding[:, None, None]) | itself
+    return mask
 
 
 def load_language_model(source: str | Path) -> LanguageModel:

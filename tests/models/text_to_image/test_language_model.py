@@ -10,9 +10,9 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM
 
 from rae_xla.errors import UserError
-from rae_xla.models.text_to_image.language_attention import attention_mask
 from rae_xla.models.text_to_image.language_model import (
     LanguageModel,
+    attention_mask,
     load_language_model,
     read_lm_config,
 )
