@@ -11,6 +11,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -184,11 +185,11 @@ def fill_names(names: Sequence[str], count: int) -> tuple[str, ...]:
 def imagenet_names() -> tuple[str, ...]:
     """Return short English names of the 1,000 classes of ImageNet (ILSVRC 2012) by label.
 
-    Source: the metadata of torchvision's classifiers.
+    Source: the metadata of torchvision's classifiers, in a file because importing torchvision takes
+    seconds.
     """
-    from torchvision.models import ResNet50_Weights
-
-    return tuple(ResNet50_Weights.IMAGENET1K_V1.meta["categories"])
+    file = resources.files("rae_xla.data").joinpath("imagenet_classes.txt")
+    return tuple(file.read_text(encoding="utf-8").splitlines())
 
 
 def find_class(query: str, names: Sequence[str]) -> int:

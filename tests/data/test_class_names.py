@@ -8,6 +8,7 @@ from rae_xla.data.class_names import (
     MAX_CLASSES,
     class_names_of_run,
     find_class,
+    imagenet_names,
     in_label_order,
     names_for,
     read_class_names,
@@ -196,3 +197,9 @@ def test_names_for_labels():
         names_for(10**12, None, "x")
     with pytest.raises(UserError, match="x: a label is"):
         names_for(MAX_CLASSES, None, "x")
+
+
+def test_imagenet_names_are_those_of_torchvision():
+    from torchvision.models import ResNet50_Weights
+
+    assert list(imagenet_names()) == ResNet50_Weights.IMAGENET1K_V1.meta["categories"]
