@@ -56,6 +56,7 @@ from rae_xla.runtime.xla.replay import CapturedFunction, ReplayCounters, find_fa
 from rae_xla.runtime.xla.scan import scan_identical_blocks
 from rae_xla.runtime.xla.spmd_mesh import SpmdMesh
 from rae_xla.runtime.xla.token_gather import register_token_gather
+from rae_xla.runtime.xla.whole_attention import WholeAttention
 
 if TYPE_CHECKING:
     from rae_xla.config import MeshConfig, RuntimeConfig
@@ -134,7 +135,7 @@ class XLABackend(GlobalArithmetic):
         self._replay = runtime.replay and self._can_replay()
         self._compiled_at_start = _compiled_graphs()
         self._precision = runtime.precision
-        self._flash_attention: dispatch.Registration | None = None
+        self._attention_kernels: list[dispatch.Registration] = []
         self.choose_attention(runtime.attention, tpu=on_tpu())
         if runtime.precision == "fp32":  # the default on TPUs is a single bf16 pass
             torch_xla.backends.set_mat_mul_precision("highest")
@@ -172,19 +173,21 @@ class XLABackend(GlobalArithmetic):
         return owners
 
     def choose_attention(self, setting: str, *, tpu: bool) -> None:
-        """Register or remove the flash attention kernels.
+        """Register or remove the attention kernels.
 
         Args:
             setting: ``runtime.attention``.
             tpu: whether the program is for TPUs; ``rae-xla plan`` compiles for TPUs on a CPU.
         """
-        if self._flash_attention is not None:
-            self._flash_attention.remove()
-            self._flash_attention = None
+        while self._attention_kernels:
+            self._attention_kernels.pop().remove()
         tokens = minimum_tokens(setting, self._precision, tpu=tpu)
         if tokens is not None:
-            kernels = FlashAttention(self._spmd_mesh, tokens)
-            self._flash_attention = dispatch.register("attention", "xla", kernels)
+            # The latest is tried first: the whole sequence in one block wherever it fits.
+            self._attention_kernels = [
+                dispatch.register("attention", "xla", FlashAttention(self._spmd_mesh, tokens)),
+                dispatch.register("attention", "xla", WholeAttention(self._spmd_mesh)),
+            ]
 
     @property
     def on_cpu(self) -> bool:

@@ -1,35 +1,32 @@
 """Flash attention on TPU: the attention weights of long sequences stay in on-chip memory.
 
-The kernels are jax's splash attention in Pallas (after Dao et al. 2022, "FlashAttention"). jax
-lowers them to XLA computations that become a part of torch_xla's graph; nothing is executed by jax.
-The SPMD partitioner cannot split a kernel, so each device calls it on its rows and heads.
+The kernels are jax's splash attention in Pallas (after Dao et al. 2022, "FlashAttention").
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import sys
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rae_xla.errors import UserError
-from rae_xla.runtime.mesh import AXES, BATCH
-from rae_xla.runtime.sharding import PartitionSpec, without_single_axes
-from rae_xla.runtime.xla import compat
+from rae_xla.runtime.xla.kernel_calls import call_on_shards, divides_evenly
 from rae_xla.runtime.xla.spmd_mesh import SpmdMesh
 
 AUTO_TOKENS = 1024
 """Number of tokens from which ``runtime.attention: auto`` uses the kernels."""
 
 JAX_VERSION = "0.7.1"
-"""The jax that torch_xla 2.9 is built against; its internals are used (see ``flash_kernels``)."""
+"""The jax that torch_xla 2.9 is built against; its internals are used (see ``jax_programs``)."""
 
 
 def minimum_tokens(setting: str, precision: str, *, tpu: bool) -> int | None:
-    """Return the number of tokens from which attention uses the kernels; None for never.
+    """Return the number of tokens from which attention uses flash kernels.
+
+    None if it uses no kernels, neither these nor those of ``whole_attention``.
 
     Args:
         setting: ``runtime.attention``.
@@ -51,7 +48,7 @@ def describe_attention(setting: str, precision: str, *, tpu: bool) -> str:
     """Return which attention a run uses, and why if ``auto`` cannot use the kernels on TPUs."""
     tokens = minimum_tokens(setting, precision, tpu=tpu)
     if tokens is not None:
-        return "flash attention" + (f" from {tokens} tokens" if tokens else "")
+        return "attention kernels" + (f" up to 512 and from {tokens} tokens" if tokens else "")
     problem = _problem(precision, tpu) if tpu and setting == "auto" else ""
     return "plain attention" + (f" (flash attention: {problem})" if problem else "")
 
@@ -92,7 +89,7 @@ class FlashAttention:
 
         self._lanes = flash_kernels.LANES
         self._minimum_tokens, self._interpret = minimum_tokens, interpret
-        self._shards = [mesh.shard_count(entry) for entry in _attention_spec(mesh)]
+        self._mesh = mesh
 
     def __call__(
         self,
@@ -119,8 +116,9 @@ class FlashAttention:
         if bias is not None:
             return None
         tokens = query.shape[2]
-        even = all(size % n == 0 for size, n in zip(query.shape, self._shards, strict=False))
-        if tokens < self._minimum_tokens or tokens % self._lanes or not even:
+        if tokens < self._minimum_tokens or tokens % self._lanes:
+            return None
+        if not divides_evenly(query, self._mesh):
             return None
         if key.shape != query.shape or value.shape != query.shape:
             return None
@@ -128,27 +126,6 @@ class FlashAttention:
             result: Tensor = _FlashAttention.apply(query, key, value, causal, self._interpret)
             return result
         return _flash_forward(query, key, value, False, causal, self._interpret)[0]
-
-
-def _attention_spec(mesh: SpmdMesh) -> PartitionSpec:
-    """The spec of attention's tensors: rows over the batch axes, heads over ``tensor``."""
-    sizes = {axis: mesh.axis_sizes.get(axis, 1) for axis in AXES}
-    return without_single_axes((BATCH, "tensor"), sizes)
-
-
-def _call_kernel(
-    function: Callable[..., Any], tensors: Sequence[Tensor], causal: bool, interpret: bool
-) -> list[Tensor]:
-    """Call a function of ``flash_kernels`` on each device's shards of ``tensors``."""
-    from rae_xla.runtime.xla import flash_kernels
-
-    mesh = SpmdMesh.current()
-    spec = _attention_spec(mesh)
-    if any(spec):
-        tensors = [mesh.local_shards(tensor, spec) for tensor in tensors]
-    computation = flash_kernels.computation(function, tensors, causal, interpret)
-    results = compat.call_computation("rae_xla::flash", tensors, computation)
-    return [mesh.global_tensor(result, spec) for result in results] if any(spec) else results
 
 
 class _FlashAttention(torch.autograd.Function):
@@ -178,7 +155,7 @@ def _flash_forward(
     from rae_xla.runtime.xla import flash_kernels
 
     function = flash_kernels.forward if training else flash_kernels.result
-    return _call_kernel(function, [query, key, value], causal, interpret)
+    return call_on_shards(function, [query, key, value], interpret=interpret, causal=causal)
 
 
 @torch.library.custom_op("rae_xla::flash_backward", mutates_args=())
@@ -196,7 +173,7 @@ def _flash_backward(
     from rae_xla.runtime.xla import flash_kernels
 
     tensors = [query, key, value, result, log_sums, gradient]
-    return _call_kernel(flash_kernels.backward, tensors, causal, interpret)
+    return call_on_shards(flash_kernels.backward, tensors, interpret=interpret, causal=causal)
 
 
 @_flash_forward.register_fake

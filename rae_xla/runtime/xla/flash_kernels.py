@@ -1,33 +1,22 @@
-"""Flash attention kernels in jax, lowered to XLA computations for torch_xla's graphs.
+"""Flash attention kernels in jax.
 
-Requires jax 0.7.1, the version that torch_xla 2.9 is built against; ``flash_attention`` checks it.
-Private jax APIs are used for two things that have no public one: ``_splash_attention_bwd``, because
-torch and not jax differentiates the forward pass, and ``mlir.LoweringParameters(for_export=True)``,
-which selects a format of the program that libtpu 0.0.21 can read.
+Requires jax 0.7.1, see ``jax_programs``. The private ``_splash_attention_bwd`` has no public
+replacement: torch and not jax differentiates the forward pass.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import torch
-import torch_xla.core.xla_builder as xb
 from jax import Array
-from jax._src.interpreters import mlir
 from jax.experimental.pallas.ops.tpu.splash_attention import (
     splash_attention_kernel as splash,
 )
 from jax.experimental.pallas.ops.tpu.splash_attention import (
     splash_attention_mask as masks,
 )
-from torch import Tensor
-
-# jax only creates constants. The TPU devices must stay free for torch_xla.
-jax.config.update("jax_platforms", "cpu")
 
 LANES = 128
 """Width of a TPU vector register: tokens and channels are processed in multiples of it."""
@@ -111,46 +100,3 @@ def _kernel(query: Array, causal: bool, *, residuals: bool, interpret: bool) -> 
 def _divisor(tokens: int, most: int) -> int:
     """The largest divisor of ``tokens`` up to ``most`` that is a multiple of ``LANES``."""
     return max(n for n in range(LANES, min(tokens, most) + 1, LANES) if tokens % n == 0)
-
-
-_JAX_TYPES = {torch.float32: jnp.float32, torch.bfloat16: jnp.bfloat16}
-
-
-def computation(
-    function: Callable[..., tuple[Array, ...]],
-    tensors: Sequence[Tensor],
-    causal: bool,
-    interpret: bool,
-) -> Any:
-    """Lower one of the functions above to an XLA computation.
-
-    Args:
-        function: ``result``, ``forward`` or ``backward``.
-        tensors: its arguments, of which shapes and dtypes count.
-        causal: whether a query attends to no later key.
-        interpret: lower for a CPU instead of a TPU.
-    """
-    shapes = tuple((tuple(t.shape), _JAX_TYPES[t.dtype]) for t in tensors)
-    return _computation(function, shapes, causal, interpret)
-
-
-@functools.cache
-def _computation(
-    function: Callable[..., tuple[Array, ...]],
-    shapes: tuple[Any, ...],
-    causal: bool,
-    interpret: bool,
-) -> Any:
-    given = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes]
-    called = functools.partial(function, causal=causal, interpret=interpret)
-    lowered = (
-        jax.jit(called, keep_unused=True)
-        .trace(*given)
-        # Without for_export the format is newer than libtpu 0.0.21 can read.
-        .lower(
-            lowering_platforms=("cpu" if interpret else "tpu",),
-            _private_parameters=mlir.LoweringParameters(for_export=True),
-        )
-    )
-    proto = lowered.compiler_ir("hlo").as_serialized_hlo_module_proto()
-    return xb.computation_from_module_proto(function.__name__, proto)

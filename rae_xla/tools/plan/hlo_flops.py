@@ -6,9 +6,14 @@ import math
 
 from rae_xla.tools.plan.hlo import Computation, Instruction, Module, parse_shapes
 
-_PRODUCTS = {"fwd": 2, "dkv": 5}
-"""Matrix products of the (N, d) queries, keys and values in the forward and backward kernels of
-``runtime.xla.flash_kernels``.
+_KERNELS = {
+    "splash_mha_fwd": (2, -2),
+    "splash_mha_dkv": (5, -2),
+    "whole_attention_fwd": (2, -1),
+    "whole_attention_bwd": (5, -1),
+}
+"""Matrix products of one head in each kernel of ``runtime.xla.flash_kernels`` and
+``runtime.xla.whole_kernels``, and the axis of the tokens in its results.
 """
 
 
@@ -49,10 +54,10 @@ def _manually_sharded(computation: Computation) -> set[str]:
 
 
 def _kernel_flops(instruction: Instruction) -> float:
-    # The last bf16 result has the shape of the queries, (B, heads, N, d).
+    # The last bf16 result has the shape of the queries, (B, heads, N, d) or (B, heads, d, N).
     *_, like_queries = (shape for shape in instruction.shapes if shape.dtype == "bf16")
-    products = _PRODUCTS[instruction.attribute(r"splash_mha_(fwd|dkv)") or ""]
-    return products * 2.0 * like_queries.elements * like_queries.dims[-2]
+    products, tokens = _KERNELS[instruction.attribute(f"({'|'.join(_KERNELS)})") or ""]
+    return products * 2.0 * like_queries.elements * like_queries.dims[tokens]
 
 
 def _dot_flops(instruction: Instruction) -> float:

@@ -258,6 +258,60 @@ def test_unsupported_shapes_are_left_to_plain_attention(backend, kernels):
     assert kernels(query, key, value, torch.zeros(1, 1, 1, 128)) is None  # a bias
 
 
+@pytest.fixture
+def whole_kernels(backend):
+    """Register the arithmetic of the whole-sequence kernels on the CPU."""
+    pytest.importorskip("jax")
+    from rae_xla.runtime.xla.spmd_mesh import SpmdMesh
+    from rae_xla.runtime.xla.whole_attention import WholeAttention
+
+    whole = WholeAttention(SpmdMesh.current(), interpret=True)
+    with dispatch.register("attention", "xla", whole):
+        yield whole
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("tokens", "channels", "dtype", "tolerance"),
+    [
+        (128, 24, torch.float32, 2e-6),
+        # 2**-8 is the rounding of bf16; five are rounded in a row
+        pytest.param(256, 72, torch.bfloat16, 5 * 2.0**-8, marks=pytest.mark.nightly),
+    ],
+    ids=["fp32", "bf16"],
+)
+def test_whole_attention_equals_plain_attention(
+    backend, whole_kernels, tokens, channels, dtype, tolerance
+):
+    """Forward and backward, each device on its rows; plain attention in fp32 is the reference."""
+    given = [tensor.to(dtype) for tensor in heads(tokens, channels)]
+    assert whole_kernels(*(torch.empty_like(t, device="meta") for t in given[:3])) is not None
+
+    def run(query, key, value, weight):
+        given = [t.detach().clone().requires_grad_() for t in (query, key, value)]
+        result = attention(*given)
+        return [result, *torch.autograd.grad(result, given, weight)]
+
+    names = ("query", "key", "value", "weight")
+    placed = backend.shard_batch(dict(zip(names, given, strict=True)))
+    found = backend.compile(lambda batch: run(**batch))(placed)
+    assert sharding(found[0]) == sharding(placed["query"])
+    host = backend.to_host({str(i): tensor.float() for i, tensor in enumerate(found)})
+    for tensor, expected in zip(host.values(), run(*(t.float() for t in given)), strict=True):
+        assert (tensor - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+def test_whole_attention_leaves_unsupported_arguments_to_others(backend, whole_kernels):
+    for tokens, channels in ((64, 8), (200, 8), (1024, 8), (128, 12)):
+        query, key, value, _ = heads(tokens, channels)
+        assert whole_kernels(query, key, value) is None
+    query, key, value, _ = heads(128, 8)
+    assert whole_kernels(query, key[:, :, :64], value[:, :, :64]) is None
+    assert whole_kernels(query[:3], key[:3], value[:3]) is None  # three rows for four devices
+    assert whole_kernels(query, key, value, torch.zeros(1, 1, 1, 128)) is None  # a bias
+    assert whole_kernels(query, key, value, None, True) is None  # causal
+
+
 def test_flash_attention_is_for_long_sequences_on_tpus():
     from rae_xla.runtime.xla.flash_attention import (
         AUTO_TOKENS,

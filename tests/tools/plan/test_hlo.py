@@ -225,12 +225,15 @@ def test_flops_of_manually_sharded_products_count_on_every_chip():
 def test_flops_of_attention_kernels_count_on_every_chip():
     """Two products of (N, d) and (d, N) matrices forward, five backward, on each chip."""
     result = "(f32[2,128,128]{2,1,0}, bf16[2,3,128,64]{3,2,1,0}, f32[2,3,128,128]{3,2,1,0})"
+    transposed = "bf16[2,3,64,128]{3,2,1,0}"
     kernel = 'custom-call(%q), custom_call_target="tpu_custom_call", metadata={op_name="%s/call"}'
     text = "\n".join([
         "ENTRY %main (q: bf16[2,3,128,64]) -> bf16[2,3,128,64] {",
         "  %q = bf16[2,3,128,64]{3,2,1,0} parameter(0)",
         f"  %a = {result} {kernel.replace('%s', 'splash_mha_fwd_residuals')}",
-        f"  ROOT %b = {result} {kernel.replace('%s', 'jit/vmap(splash_mha_dkv)')}",
+        f"  %b = {result} {kernel.replace('%s', 'jit/vmap(splash_mha_dkv)')}",
+        f"  %c = {transposed} {kernel.replace('%s', 'whole_attention_fwd')}",
+        f"  ROOT %d = {transposed} {kernel.replace('%s', 'whole_attention_bwd')}",
         "}",
     ])  # fmt: skip
-    assert hlo_flops(parse_module(text), chips=4) == 4 * (2 + 5) * 2 * (2 * 3 * 128 * 128 * 64)
+    assert hlo_flops(parse_module(text), chips=4) == 4 * 2 * (2 + 5) * 2 * (2 * 3 * 128 * 128 * 64)
