@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from rae_xla.errors import UserError
 from rae_xla.ops.attention import attention
 from rae_xla.ops.normalization import LayerNorm, RMSNorm
-from rae_xla.ops.rotary import RopeTables, apply_rope
+from rae_xla.ops.rotary import RopeTables, rotary_attention
 
 
 class FusedLinear(nn.Linear):
@@ -124,9 +124,10 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x, heads=self.num_heads)
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
-            q, k = apply_rope(q, rope), apply_rope(k, rope)
-        # Under autocast a float32 norm weight promotes q and k; attention requires one dtype.
-        out = attention(q.to(v.dtype), k.to(v.dtype), v, bias=bias)
+            out = rotary_attention(q, k, v, rope, bias)
+        else:
+            # Under autocast a float32 norm weight promotes q and k; attention requires one dtype.
+            out = attention(q.to(v.dtype), k.to(v.dtype), v, bias=bias)
         return self.proj(out.transpose(1, 2).reshape(batch, length, dim))
 
 

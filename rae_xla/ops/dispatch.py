@@ -27,6 +27,7 @@ Implementation = Callable[..., Any]
 
 OPERATIONS = (
     "attention",
+    "rotary_attention",
     "apply_rope",
     "cross_entropy",
     "gather_tokens",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from rae_xla.errors import UserError
 from rae_xla.ops import dispatch
+from rae_xla.ops.attention import attention
 
 RopeTables = tuple[Tensor, Tensor, Tensor]
 """Tables (L, head_dim) for ``apply_rope``: the cosine, and the sine that multiplies the next and
@@ -84,10 +86,44 @@ def apply_rope(x: Tensor, rope: RopeTables) -> Tensor:
     Returns:
         (B, heads, L, head_dim), in the dtype of ``x``.
     """
-    repeats = x.shape[-2] // rope[0].shape[0]
-    tables = rope if repeats == 1 else [t.repeat_interleave(repeats, dim=0) for t in rope]
+    tables = _repeated(rope, x.shape[-2])
     result: Tensor | None = dispatch.call("apply_rope", x.device.type, x, *tables)
     return _rotate(x, *tables) if result is None else result
+
+
+def rotary_attention(
+    query: Tensor, key: Tensor, value: Tensor, rope: RopeTables, bias: Tensor | None = None
+) -> Tensor:
+    """Compute attention after rotating queries and keys.
+
+    Implementations registered for ``"rotary_attention"`` are called with the three tensors and the
+    three tables, repeated to one row per token, if there is no bias and all have the same dtype.
+
+    Args:
+        query: (B, heads, L, head_dim).
+        key: like ``query``.
+        value: like ``query``; its dtype may differ, and is that of the attention.
+        rope: tables of ``apply_rope``.
+        bias: of ``attention``.
+
+    Returns:
+        (B, heads, L, head_dim), in the dtype of ``value``.
+    """
+    if bias is None and query.dtype == key.dtype == value.dtype:
+        tables = _repeated(rope, query.shape[-2])
+        result: Tensor | None = dispatch.call(
+            "rotary_attention", query.device.type, query, key, value, *tables
+        )
+        if result is not None:
+            return result
+    query, key = apply_rope(query, rope), apply_rope(key, rope)
+    return attention(query.to(value.dtype), key.to(value.dtype), value, bias=bias)
+
+
+def _repeated(rope: RopeTables, tokens: int) -> Sequence[Tensor]:
+    """Repeat the rows of the tables to one per token."""
+    repeats = tokens // rope[0].shape[0]
+    return rope if repeats == 1 else [table.repeat_interleave(repeats, dim=0) for table in rope]
 
 
 def rotate_with_fused_backward(

@@ -6,7 +6,14 @@ import pytest
 import torch
 from golden_case import Case, load_case
 
-from rae_xla.ops.rotary import RotaryEmbedding, apply_rope, rotate_with_fused_backward
+from rae_xla.ops import dispatch
+from rae_xla.ops.attention import attention
+from rae_xla.ops.rotary import (
+    RotaryEmbedding,
+    apply_rope,
+    rotary_attention,
+    rotate_with_fused_backward,
+)
 
 
 @pytest.fixture(scope="module")
@@ -57,3 +64,29 @@ def test_fused_rope_backward_equals_autograd() -> None:
         for rotated in (rotate_with_fused_backward(x, *tables), apply_rope(x, tables))
     )
     torch.testing.assert_close(result, expected)
+
+
+def test_rotary_attention_rotates_queries_and_keys() -> None:
+    query, key, value = torch.randn(3, 1, 2, 32, 8).unbind()
+    rope = RotaryEmbedding(8, 4)()  # each row serves two tokens
+    bias = torch.randn(32, 32)
+    rotated = apply_rope(query, rope), apply_rope(key, rope)
+    found = rotary_attention(query, key, value.bfloat16(), rope, bias)
+    expected = attention(*(x.bfloat16() for x in (*rotated, value)), bias=bias)
+    assert torch.equal(found, expected)
+
+
+def test_rotary_attention_dispatches_without_bias_and_with_one_dtype() -> None:
+    query, key, value = torch.randn(3, 1, 2, 32, 8).unbind()
+    rope = RotaryEmbedding(8, 4)()
+    calls = []
+
+    def implementation(*tensors: torch.Tensor) -> torch.Tensor:
+        calls.append([tuple(tensor.shape) for tensor in tensors[3:]])
+        return tensors[2]
+
+    with dispatch.register("rotary_attention", "cpu", implementation):
+        assert rotary_attention(query, key, value, rope) is value
+        rotary_attention(query, key, value, rope, torch.zeros(32, 32))
+        rotary_attention(query, key, value.double(), rope)
+    assert calls == [[(32, 8)] * 3]

@@ -184,9 +184,11 @@ class XLABackend(GlobalArithmetic):
         tokens = minimum_tokens(setting, self._precision, tpu=tpu)
         if tokens is not None:
             # The latest is tried first: the whole sequence in one block wherever it fits.
+            whole = WholeAttention(self._spmd_mesh)
             self._attention_kernels = [
                 dispatch.register("attention", "xla", FlashAttention(self._spmd_mesh, tokens)),
-                dispatch.register("attention", "xla", WholeAttention(self._spmd_mesh)),
+                dispatch.register("attention", "xla", whole),
+                dispatch.register("rotary_attention", "xla", whole.rotary),
             ]
 
     @property

@@ -30,13 +30,19 @@ def divides_evenly(tensor: Tensor, mesh: SpmdMesh) -> bool:
 
 
 def call_on_shards(
-    function: Callable[..., Any], tensors: Sequence[Tensor], *, interpret: bool, **options: bool
+    function: Callable[..., Any],
+    tensors: Sequence[Tensor],
+    tables: Sequence[Tensor] = (),
+    *,
+    interpret: bool,
+    **options: bool,
 ) -> list[Tensor]:
     """Call a jax function on each device's shards of ``tensors``, on torch_xla's global mesh.
 
     Args:
-        function: takes an array for each tensor, ``interpret`` and ``options``.
+        function: takes an array for each tensor and each table, ``interpret`` and ``options``.
         tensors: (B, heads, ...).
+        tables: tensors that every device needs entirely.
         interpret: run the arithmetic of the kernels on a CPU, for tests.
         options: further keyword arguments.
 
@@ -49,6 +55,8 @@ def call_on_shards(
     spec = attention_spec(mesh)
     if any(spec):
         tensors = [mesh.local_shards(tensor, spec) for tensor in tensors]
+        tables = [mesh.local_shards(table, ()) for table in tables]
+    tensors = [*tensors, *tables]
     computation = jax_programs.computation(function, tensors, interpret=interpret, **options)
     results = compat.call_computation("rae_xla::kernel", tensors, computation)
     return [mesh.global_tensor(result, spec) for result in results] if any(spec) else results

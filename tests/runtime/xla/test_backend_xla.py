@@ -18,6 +18,7 @@ from rae_xla.models.dit_dh import DiTDH
 from rae_xla.models.lpips import LPIPS
 from rae_xla.ops import dispatch
 from rae_xla.ops.attention import attention
+from rae_xla.ops.rotary import rotary_attention
 from rae_xla.runtime import start
 from rae_xla.train.ema import update_ema
 
@@ -266,11 +267,15 @@ def whole_kernels(backend):
     from rae_xla.runtime.xla.whole_attention import WholeAttention
 
     whole = WholeAttention(SpmdMesh.current(), interpret=True)
-    with dispatch.register("attention", "xla", whole):
+    with (
+        dispatch.register("attention", "xla", whole),
+        dispatch.register("rotary_attention", "xla", whole.rotary),
+    ):
         yield whole
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("rotated", [False, True], ids=["plain", "rotary"])
 @pytest.mark.parametrize(
     ("tokens", "channels", "dtype", "tolerance"),
     [
@@ -281,24 +286,32 @@ def whole_kernels(backend):
     ids=["fp32", "bf16"],
 )
 def test_whole_attention_equals_plain_attention(
-    backend, whole_kernels, tokens, channels, dtype, tolerance
+    backend, whole_kernels, tokens, channels, dtype, tolerance, rotated
 ):
     """Forward and backward, each device on its rows; plain attention in fp32 is the reference."""
     given = [tensor.to(dtype) for tensor in heads(tokens, channels)]
-    assert whole_kernels(*(torch.empty_like(t, device="meta") for t in given[:3])) is not None
+    # As in tests/ops/test_rotary.py, arbitrary tables; these preserve the variance.
+    tables = torch.randn(3, tokens, channels).div(3**0.5).unbind() if rotated else ()
 
-    def run(query, key, value, weight):
+    def run(attend, weight, query, key, value, *tables):
         given = [t.detach().clone().requires_grad_() for t in (query, key, value)]
-        result = attention(*given)
+        result = attend(*given, *tables)
         return [result, *torch.autograd.grad(result, given, weight)]
 
-    names = ("query", "key", "value", "weight")
-    placed = backend.shard_batch(dict(zip(names, given, strict=True)))
-    found = backend.compile(lambda batch: run(**batch))(placed)
-    assert sharding(found[0]) == sharding(placed["query"])
+    def reference(query, key, value, *tables):
+        return (
+            rotary_attention(query, key, value, tables) if tables else attention(query, key, value)
+        )
+
+    tensors = [given[3], *given[:3], *tables]
+    placed = backend.shard_batch({str(i): tensor for i, tensor in enumerate(tensors)})
+    kernels = whole_kernels.rotary if rotated else whole_kernels
+    found = backend.compile(lambda batch: run(kernels, *batch.values()))(placed)
+    assert sharding(found[0]) == sharding(placed["0"])
     host = backend.to_host({str(i): tensor.float() for i, tensor in enumerate(found)})
-    for tensor, expected in zip(host.values(), run(*(t.float() for t in given)), strict=True):
-        assert (tensor - expected).abs().max() <= tolerance * expected.abs().max()
+    expected = run(reference, *(tensor.float() for tensor in tensors))
+    for tensor, value in zip(host.values(), expected, strict=True):
+        assert (tensor - value).abs().max() <= tolerance * value.abs().max()
 
 
 def test_whole_attention_leaves_unsupported_arguments_to_others(backend, whole_kernels):
