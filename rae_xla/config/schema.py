@@ -330,8 +330,8 @@ class RuntimeConfig:
     attention: Annotated[
         Literal["auto", "plain", "flash"],
         "on TPU in bf16: `flash` selects Pallas kernels that keep the attention matrix on the chip"
-        " (for multiples of 128 tokens; needs jax 0.7.1); `auto` selects them up to 512 tokens and"
-        " from 1,024 tokens on if they are available",
+        " (for multiples of 128 tokens; needs jax 0.7.1); `auto` selects them from 1,024 tokens on"
+        " if they are available",
     ] = "auto"
     compile: Annotated[bool, "use torch.compile on CUDA"] = False
     compile_cache: Annotated[

@@ -183,10 +183,12 @@ class XLABackend(GlobalArithmetic):
             self._attention_kernels.pop().remove()
         tokens = minimum_tokens(setting, self._precision, tpu=tpu)
         if tokens is not None:
+            flash = FlashAttention(self._spmd_mesh, tokens)
+            self._attention_kernels = [dispatch.register("attention", "xla", flash)]
+        if tokens == 0:
             # The latest is tried first: the whole sequence in one block wherever it fits.
             whole = WholeAttention(self._spmd_mesh)
-            self._attention_kernels = [
-                dispatch.register("attention", "xla", FlashAttention(self._spmd_mesh, tokens)),
+            self._attention_kernels += [
                 dispatch.register("attention", "xla", whole),
                 dispatch.register("rotary_attention", "xla", whole.rotary),
             ]

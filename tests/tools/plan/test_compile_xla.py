@@ -57,17 +57,18 @@ def forecast_for(
 
 
 @pytest.mark.parametrize(
-    ("batch", "remat", "max_ratio", "recomputed", "gigabytes"),
+    ("batch", "remat", "attention", "max_ratio", "recomputed", "gigabytes"),
     [
-        (256, 0.0, 0.70, 0.0, 17.0),
-        pytest.param(1024, 1.0, 1.30, 0.2, 90.0, marks=pytest.mark.nightly),
+        (256, 0.0, "flash", 0.70, 0.0, 17.0),
+        pytest.param(1024, 1.0, "auto", 1.30, 0.2, 90.0, marks=pytest.mark.nightly),
     ],
     ids=["stored", "rematerialised"],
 )
 def test_communication_and_memory_traffic_are_bounded(
-    tmp_path, batch, remat, max_ratio, recomputed, gigabytes
+    tmp_path, batch, remat, attention, max_ratio, recomputed, gigabytes
 ):
-    forecast = forecast_for(tmp_path, "v6e-16", batch, f"runtime.remat={remat}")
+    settings = [f"runtime.remat={remat}", f"runtime.attention={attention}"]
+    forecast = forecast_for(tmp_path, "v6e-16", batch, *settings)
     step = forecast.step
     assert forecast.fits
     assert step.faults == []  # no weight gathered in fp32, no activations reduced

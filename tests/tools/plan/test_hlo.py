@@ -115,8 +115,8 @@ def test_reduce_scatters_that_share_a_channel_count_separately(module):
     """torch_xla gives the collectives of all manual partitions the same channel."""
     line = (
         "  %{name} = bf16[192,768]{{1,0}} reduce-scatter(%x), channel_id=1, "
-        "replica_groups={{{{0,4,8,12}},{{1,5,9,13}},{{2,6,10,14}},{{3,7,11,15}}}}, dimensions={{0}}, "
-        'metadata={{op_name="{name}"}}'
+        "replica_groups={{{{0,4,8,12}},{{1,5,9,13}},{{2,6,10,14}},{{3,7,11,15}}}}, "
+        'dimensions={{0}}, metadata={{op_name="{name}"}}'
     )
     names = ("reduce-scatter.1", "reduce-scatter.2")
     lines = [line.format(name=name) for name in names]
