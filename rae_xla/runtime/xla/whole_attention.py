@@ -146,5 +146,12 @@ def _(query: Tensor, key: Tensor, value: Tensor, tables: list[Tensor], interpret
 
 
 @_whole_backward.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, gradient: Tensor, interpret: bool) -> list[Tensor]:
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gradient: Tensor,
+    tables: list[Tensor],
+    interpret: bool,
+) -> list[Tensor]:
     return [torch.empty_like(tensor) for tensor in (query, key, value)]

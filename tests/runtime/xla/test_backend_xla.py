@@ -7,6 +7,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 from rae_xla.checkpoint.train_state import MOMENTS, make_state
 from rae_xla.config import MeshConfig, RunConfig, RuntimeConfig
@@ -312,6 +313,17 @@ def test_whole_attention_equals_plain_attention(
     expected = run(reference, *(tensor.float() for tensor in tensors))
     for tensor, value in zip(host.values(), expected, strict=True):
         assert (tensor - value).abs().max() <= tolerance * value.abs().max()
+
+
+@pytest.mark.parametrize("rotated", [False, True], ids=["plain", "rotary"])
+def test_whole_attention_is_traced_on_fake_tensors(backend, whole_kernels, rotated):
+    """A scan over blocks traces them so, forward and backward."""
+    with FakeTensorMode():
+        given = [torch.randn(4, 2, 128, 24, requires_grad=True) for _ in range(3)]
+        tables = [torch.randn(128, 24) for _ in range(3)]
+        result = whole_kernels.rotary(*given, *tables) if rotated else whole_kernels(*given)
+        gradients = torch.autograd.grad(result.sum(), given)
+    assert {tuple(tensor.shape) for tensor in (result, *gradients)} == {(4, 2, 128, 24)}
 
 
 def test_whole_attention_leaves_unsupported_arguments_to_others(backend, whole_kernels):
