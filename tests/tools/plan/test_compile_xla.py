@@ -131,4 +131,4 @@ def test_the_rows_of_text_to_image_stay_on_their_devices(tmp_path):
     [forecast] = make_forecasts(request, [parse_topology("v6e-16")], [64])
     assert forecast.step is not None, forecast.not_compiled
     assert forecast.step.faults == []
-    assert forecast.step.bytes_sent < 1.5 * forecast.fsdp_minimum
+    assert forecast.step.bytes_sent < 1.15 * forecast.fsdp_minimum
