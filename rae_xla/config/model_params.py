@@ -78,15 +78,11 @@ class RAEParams:
 
 
 @dataclass(frozen=True)
-class DiTDHParams:
-    """Keyword arguments of DiT-DH (``stage_2.params``). Pairs are (encoder, head)."""
+class _DiTParams:
+    """Keyword arguments of both diffusion transformers."""
 
     input_size: Annotated[int, "side of the latent (H = W)", COUNT] = 16
-    patch_size: Annotated[int | tuple[int, int], "side of a token in latent positions", COUNT] = 1
     in_channels: Annotated[int, "channels of the latent", COUNT] = 768
-    hidden_size: Annotated[tuple[int, int], "widths", COUNT] = (1152, 2048)
-    depth: Annotated[tuple[int, int], "numbers of blocks", COUNT] = (28, 2)
-    num_heads: Annotated[int | tuple[int, int], "attention heads", COUNT] = (16, 16)
     mlp_ratio: Annotated[
         float, "hidden width of an MLP relative to the block's width", Range(above=0, most=1000)
     ] = 4.0
@@ -116,45 +112,27 @@ class DiTDHParams:
 
 
 @dataclass(frozen=True)
-class LightningDiTParams:
+class DiTDHParams(_DiTParams):
+    """Keyword arguments of DiT-DH (``stage_2.params``). Pairs are (encoder, head)."""
+
+    patch_size: Annotated[int | tuple[int, int], "side of a token in latent positions", COUNT] = 1
+    hidden_size: Annotated[tuple[int, int], "widths", COUNT] = (1152, 2048)
+    depth: Annotated[tuple[int, int], "numbers of blocks", COUNT] = (28, 2)
+    num_heads: Annotated[int | tuple[int, int], "attention heads", COUNT] = (16, 16)
+
+
+@dataclass(frozen=True)
+class LightningDiTParams(_DiTParams):
     """Keyword arguments of the plain DiT (``stage_2.params``)."""
 
-    input_size: Annotated[int, "side of the latent (H = W)", COUNT] = 16
     patch_size: Annotated[int, "side of a token in latent positions", COUNT] = 1
-    in_channels: Annotated[int, "channels of the latent", COUNT] = 768
     hidden_size: Annotated[int, "width", COUNT] = 1152
     depth: Annotated[int, "number of blocks", COUNT] = 28
     num_heads: Annotated[int, "attention heads", COUNT] = 16
-    mlp_ratio: Annotated[
-        float, "hidden width of an MLP relative to the block's width", Range(above=0, most=1000)
-    ] = 4.0
-    class_dropout_prob: Annotated[
-        float, "probability that a label is replaced by the null label in training", FRACTION
-    ] = 0.1
-    num_classes: Annotated[int, "number of classes, without the null label", COUNT] = 1000
     learn_sigma: Annotated[
         bool, "twice the output channels, of which the first half is used (published key)"
     ] = False
-    use_qknorm: Annotated[bool, "normalise queries and keys"] = False
-    use_swiglu: Annotated[bool, "SwiGLU instead of GELU"] = True
-    use_rope: Annotated[bool, "rotary position embedding"] = True
-    use_rmsnorm: Annotated[bool, "RMSNorm instead of LayerNorm"] = True
-    wo_shift: Annotated[bool, "adaLN modulation without a shift"] = False
     use_gembed: Annotated[bool, "Gaussian Fourier time embedding instead of sin-cos"] = True
-    use_pos_embed: Annotated[bool, "sin-cos position embedding"] = True
-    conditioning: Annotated[
-        Literal["adaln", "tokens"],
-        "time and label modulate the blocks, or are tokens that the blocks attend to",
-    ] = "adaln"
-    num_t_tokens: Annotated[int, "conditioning by tokens: number of time tokens", COUNT] = 4
-    num_c_tokens: Annotated[int, "conditioning by tokens: number of label tokens", COUNT] = 8
-    base_model_depth: Annotated[
-        int | None, "block that the base head reads, counted from 1; null: no base head", COUNT
-    ] = None
-    repa_layer_depth: Annotated[
-        int | None, "block that the REPA projection reads, counted from 1; null: none", COUNT
-    ] = None
-    z_dim: Annotated[int | None, "channels of the encoder that REPA aligns with", COUNT] = None
 
 
 AUTOENCODERS = {"rae_xla.models.rae.RAE": RAEParams}

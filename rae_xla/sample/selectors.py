@@ -15,7 +15,8 @@ from torch import Tensor
 
 from rae_xla.errors import UserError
 from rae_xla.models.text_to_image.latents import to_tokens
-from rae_xla.models.text_to_image.slots import IGNORE, IMAGE_TOKEN
+from rae_xla.models.text_to_image.slots import IMAGE_TOKEN
+from rae_xla.ops.cross_entropy import IGNORE
 from rae_xla.sample.answers import check_answers
 from rae_xla.sample.clip import ClipScorer, clip_folder
 from rae_xla.sample.images import Pixels, save_png

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rae_xla.models.text_to_image.slots import IGNORE
-from rae_xla.ops.cross_entropy import CHUNK, cross_entropy
+from rae_xla.ops.cross_entropy import CHUNK, IGNORE, cross_entropy
 
 
 def next_token_losses(

@@ -11,12 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rae_xla.ops.cross_entropy import IGNORE
 from rae_xla.ops.gather import gather_tokens
 
 IMAGE_TOKEN = -200
 """Token id of the positions of images, as published."""
-IGNORE = -100
-"""Label of tokens that are not predicted."""
 PADDING = -1
 """Token id of the positions after the end of a prompt, in rows that are prompts alone."""
 

@@ -1,7 +1,8 @@
-"""Cross-entropy over a sharded vocabulary matrix: gathered once, its gradient scattered once.
+"""Cross-entropy over a sharded vocabulary matrix, which is gathered once in each pass.
 
 Left to itself, the SPMD partitioner gathers the matrix for every chunk of positions, in both
-passes, and sends its shards around a ring once for every chunk of the gradient.
+passes, and sends its shards around a ring once for every chunk of the gradient. Here the gradients
+of all chunks are added before they are sent.
 """
 
 from __future__ import annotations
